@@ -1,0 +1,191 @@
+"""Turn a verb and its configuration class into a job: flags, recipes, one JSON line, an exit code.
+
+Every job has the same contract (docs/jobs.md): ``--config recipe.yaml`` and ``--dotted.key value``
+overrides, ``--help`` and ``--print_config``; people read stderr, machines the last line of stdout.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from iqpir.errors import IqpirError, UsageError
+
+JOBS = tuple(
+    "demo preflight shard score label dedup curate report explore degrade encode export stage1 stage2 stage3 "
+    "evaluate register promote restore verify gc status bench ablation fit_metric".split()
+)
+SHARED = "all"
+"""Recipe section whose keys reach every job that has a field of that name."""
+
+
+class Result(Protocol):
+    """What a verb returns: a dataclass of JSON values."""
+
+    __dataclass_fields__: dict[str, Any]
+
+
+C = TypeVar("C")
+R = TypeVar("R", bound=Result)
+
+
+def command(
+    action: Callable[[C], R], config_type: type[C], argv: Sequence[str] | None = None
+) -> None:  # pragma: no branch
+    """Run ``action`` on the configuration in ``argv`` and leave the process with its exit code.
+
+    Args:
+        action: the verb; its docstring opens the help text.
+        config_type: frozen dataclass; its fields are the flags, their docstrings the help.
+        argv: arguments after the program's name; those of the process by default.
+
+    Exit codes: 0 done, 1 or 2 usage, 3 incomplete, 4 verification failed, 5 failed for good.
+    """
+    sys.exit(run(action, config_type, sys.argv[1:] if argv is None else argv, Path(sys.argv[0]).stem))
+
+
+def run(action: Callable[[C], R], config_type: type[C], argv: Sequence[str], job: str) -> int:
+    """As ``command``, returning the exit code."""
+    _log_to_stderr()
+    try:
+        config = parse(config_type, argv, job, action.__doc__ or "")
+        result = action(config)
+    except IqpirError as error:
+        sys.stderr.write(f"{job}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{job}: interrupted; the same command goes on where it stopped.\n")
+        return 3
+    values = dataclasses.asdict(result)
+    sys.stdout.write(json.dumps(values, sort_keys=True, default=str) + "\n")
+    sys.stdout.flush()
+    return int(getattr(result, "exit_code", 0))
+
+
+def parse(config_type: type[C], argv: Sequence[str], job: str, description: str = "") -> C:
+    """The configuration that ``argv`` describes: defaults, then the recipe, then flags.
+
+    Raises:
+        UsageError: an unknown key (naming the nearest known one) or a value of the wrong type.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=job, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file; docs/jobs.md.")
+    parser.add_class_arguments(config_type)
+    known = _keys(parser)
+    try:
+        namespace = parser.parse_args(_arguments(argv, known, job))
+        values = parser.instantiate_classes(namespace)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise _usage(error, known, job) from error
+    fields = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    return config_type(**{name: values[name] for name in fields})
+
+
+def _keys(parser: ArgumentParser) -> dict[str, bool]:
+    """Dotted name of every flag, and whether it is a yes-or-no one."""
+    names = {}
+    for name, value in _walk(parser.get_defaults()):
+        names[name] = isinstance(value, bool)
+    for action in parser._actions:
+        if action.dest not in ("help", "print_config", "config"):
+            names.setdefault(action.dest, False)
+    return names
+
+
+def _walk(namespace: Namespace) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in namespace.items() if key not in ("config", "print_config")]
+
+
+def _arguments(argv: Sequence[str], known: dict[str, bool], job: str) -> list[str]:
+    """Dashes to underscores, bare yes-or-no flags to values, recipe files to this job's section."""
+    arguments: list[str] = []
+    tokens = list(argv)
+    for position, token in enumerate(tokens):
+        following = tokens[position + 1] if position + 1 < len(tokens) else "--"
+        if not token.startswith("--"):
+            arguments.append(
+                _section(token, known, job) if position and tokens[position - 1] == "--config" else token
+            )
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no_") and known.get(name[3:]) and not equals:
+            arguments += [f"--{name[3:]}", "false"]
+        elif name == "config" and equals:
+            arguments += ["--config", _section(value, known, job)]
+        elif known.get(name) and not equals and following.startswith("--"):
+            arguments += [f"--{name}", "true"]
+        else:
+            arguments.append(f"--{name}{equals}{value}")
+    return arguments
+
+
+def _section(path: str, known: dict[str, bool], job: str) -> str:
+    """The part of a recipe file that is meant for ``job``, as YAML text.
+
+    A recipe is either flat (this job's keys) or has one section a job, and a section ``all`` whose keys
+    reach each job that has a field of that name.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The recipe {path} is no YAML: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"The recipe {path} is no mapping of keys to values.")
+    sections = {name for name in recipe if name in JOBS or name == SHARED}
+    if not sections:
+        return json.dumps(recipe)
+    for name in recipe:
+        if name not in sections:
+            raise UsageError(
+                f"The recipe {path} has an unknown section {name!r}.{_nearest(name, [*JOBS, SHARED])}"
+            )
+    shared = {
+        key: value
+        for key, value in (recipe.get(SHARED) or {}).items()
+        if key in known or any(name.startswith(f"{key}.") for name in known)
+    }
+    return json.dumps({**shared, **(recipe.get(job) or {})})
+
+
+def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError:
+    """One line from jsonargparse's error, with the nearest key where one is unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UsageError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
+        r"(?:Key|Option|key|option) '([\w.\-]+)' is not (?:expected|accepted)", text
+    )
+    if unknown:
+        key = unknown.group(1)
+        return UsageError(f"Unknown key {key!r}.{_nearest(key, list(known))}", f"See {job} --help.")
+    return UsageError(text, f"See {job} --help.")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def _log_to_stderr() -> None:
+    """Warnings of libraries and the project's own messages, to stderr, in one format."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for package in ("iqpir", "pipeline"):
+        logging.getLogger(package).setLevel(logging.INFO)
