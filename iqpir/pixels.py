@@ -1,0 +1,449 @@
+"""The one way bytes become pixels: scoring, training, evaluation and the registered model all decode here.
+
+A picture is ``uint8 [H, W, 3]``, RGB, sRGB, upright. What is declared, in this order:
+
+1. only allow-listed formats are opened, the content decides, never a file name;
+2. a picture over ``max_pixels`` is refused from its header, before a pixel is decoded;
+3. the whole first frame must decode: cut or damaged files are refused, never padded with grey;
+4. 16-bit grey is scaled to 8 bits (``round(v / 257)``), never clipped;
+5. an embedded ICC profile is converted to sRGB; a broken one is ignored;
+6. transparency is composited on ``background``;
+7. the EXIF orientation is applied.
+"""
+
+import dataclasses
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from iqpir.config import digest
+from iqpir.errors import UsageError
+
+RULES_VERSION = 1
+"""Raise it when this module decodes any picture to other pixels; it is part of every policy's digest."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+"""Formats a policy may allow."""
+
+PictureCode = Literal[
+    "empty", "too_large", "not_an_image", "unsupported_format", "too_many_pixels", "truncated", "corrupt"
+]
+CODES: tuple[PictureCode, ...] = get_args(PictureCode)
+"""Every ``PictureError.code``."""
+
+# Pillow itself raises DecompressionBombError above twice its MAX_IMAGE_PIXELS of 89,478,485.
+_PILLOW_CEILING = 178_956_970
+
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (rb"\xff\xd8\xff", "JPEG"),
+    (rb"\x89PNG\r\n\x1a\n", "PNG"),
+    (rb"RIFF....WEBP", "WEBP"),
+    (rb"(II[*+]\x00|MM\x00[*+])", "TIFF"),
+    (rb"BM", "BMP"),
+    (rb"GIF8[79]a", "GIF"),
+    (rb"8BPS", "PSD"),
+    (rb"%!PS", "EPS"),
+    (rb"%PDF", "PDF"),
+    (rb"SIMPLE  =", "FITS"),
+    (rb"....ftyp", "AVIF/HEIF"),
+    (rb"(\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51)", "JPEG2000"),
+    (rb"\x00\x00[\x01\x02]\x00", "ICO"),
+)
+
+# What Pillow's decoders raise on damaged files; anything else is a bug that must be seen.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+_BITS_PER_SAMPLE_TAG = 258
+
+
+class PictureError(ValueError):
+    """These bytes are no picture under the policy.
+
+    Attributes:
+        code: one of ``CODES``; stable, fit for a column.
+        message: one sentence for people.
+    """
+
+    def __init__(self, code: PictureCode, message: str) -> None:
+        self.code, self.message = code, message
+        super().__init__(code, message)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelPolicy:
+    """What may be decoded; the rest of the policy is fixed by this module (``RULES_VERSION``)."""
+
+    max_pixels: int = 50_000_000
+    """Largest width * height that is decoded; larger pictures are refused from their header."""
+    max_bytes: int = 64 * 2**20
+    """Largest encoded size in bytes."""
+    formats: tuple[str, ...] = FORMATS
+    """Formats that are opened; the content decides, not the file name."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB colour, 0 to 255, that shows through transparent pixels."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_pixels <= _PILLOW_CEILING:
+            raise UsageError(
+                f"max_pixels {self.max_pixels} is outside 1..{_PILLOW_CEILING}.",
+                "Tile larger pictures first.",
+            )
+        if self.max_bytes < 1:
+            raise UsageError(f"max_bytes {self.max_bytes} is not positive.")
+        unknown = sorted(set(self.formats) - set(FORMATS))
+        if unknown or not self.formats:
+            raise UsageError(
+                f"formats {unknown or 'is empty'} cannot be decoded.", f"Choose among {', '.join(FORMATS)}."
+            )
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            raise UsageError(f"background {self.background} is not three values in 0..255.")
+
+    def digest(self) -> str:
+        """12 hex digits that change with any field or rule; part of every score's fingerprint."""
+        fields = dataclasses.asdict(self)
+        fields["formats"] = sorted(self.formats)
+        return digest({"rules": RULES_VERSION, **fields})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Picture:
+    """A decoded picture and what was found in its file."""
+
+    array: NDArray[np.uint8]
+    """``uint8 [height, width, 3]``, RGB, sRGB, upright, writable."""
+    format: str
+    """One of ``FORMATS``."""
+    width: int
+    height: int
+    original_width: int
+    """As stored, before the EXIF orientation was applied."""
+    original_height: int
+    bit_depth: int
+    """Bits per channel in the file, 1 to 16; 16 means the pixels were reduced to 8."""
+    channels: int
+    """Channels in the file; a palette counts as one."""
+    exif_orientation: int
+    """1 to 8; 1 also when there is none or an invalid one."""
+    icc_profile: bool
+    """Whether an embedded profile was converted to sRGB."""
+    icc_broken: bool
+    """Whether an embedded profile could not be used, and sRGB was assumed."""
+    had_alpha: bool
+    """Whether the file has transparency (channel or palette)."""
+    animated: bool
+    """Whether the file has more than one frame or page; the first is taken."""
+
+    def facts(self) -> dict[str, Any]:
+        """Every field but ``array``: plain JSON values."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "array"
+        }
+
+
+def decode(data: bytes, policy: PixelPolicy | None = None) -> Picture:
+    """Decode one picture.
+
+    Args:
+        data: an encoded picture.
+        policy: what is allowed; the default policy if None.
+
+    Raises:
+        PictureError: the bytes are no complete picture under the policy.
+    """
+    policy = policy or PixelPolicy()
+    if not data:
+        raise PictureError("empty", "There are no bytes.")
+    if len(data) > policy.max_bytes:
+        raise PictureError("too_large", f"{len(data)} bytes are more than {policy.max_bytes}.")
+    with _pillow_warnings_ignored():
+        loaded = _load(data, policy)
+        return _picture(loaded, data, policy)
+
+
+def encode_png(array: NDArray[np.uint8], compression: int = 6) -> bytes:
+    """PNG bytes of ``uint8 [H, W, 3]``; the same array and Pillow give the same bytes.
+
+    Args:
+        array: an RGB picture.
+        compression: zlib level, 0 (fast) to 9 (small).
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=compression)
+    return buffer.getvalue()
+
+
+def encode_jpeg(array: NDArray[np.uint8], quality: int = 95) -> bytes:
+    """JPEG bytes of ``uint8 [H, W, 3]`` at ``quality`` 1 to 100, chroma subsampled 4:2:0."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+@contextmanager
+def _pillow_warnings_ignored() -> Iterator[None]:
+    """Pillow warns about metadata and sizes that the policy judges itself; ``-W error`` would raise these.
+
+    Warning filters are process-wide: a race of two threads can at worst leave these two filters installed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("ignore", module=re.escape(__name__))
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """The first frame with its pixels decoded, before any conversion."""
+
+    image: Image.Image
+    animated: bool
+    stored_orientation: int
+    pending_orientation: int
+    """1 where Pillow has turned the frame while loading, as it does with TIFF."""
+
+
+def _load(data: bytes, policy: PixelPolicy) -> _Loaded:
+    """Open and decode the first frame.
+
+    Raises:
+        PictureError: it does not open, is too large, or does not decode to its end.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=policy.formats)
+        _refuse_bomb(image, policy)
+        if image.format == "PNG":
+            _check_png(data)
+        animated = bool(getattr(image, "is_animated", False))
+        before = _orientation(image) if image.format == "TIFF" else None
+        image.load()
+    except PictureError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise _refusal(data, policy, error) from error
+    except _DECODER_ERRORS as error:
+        code: PictureCode = "truncated" if _is_cut(data) or "truncated" in str(error) else "corrupt"
+        raise PictureError(code, f"The {_signature(data)} data does not decode ({error}).") from error
+    pending = _orientation(image)
+    return _Loaded(image, animated, pending if before is None else before, pending)
+
+
+def _refuse_bomb(image: Image.Image, policy: PixelPolicy) -> None:
+    if image.width * image.height > policy.max_pixels:
+        raise PictureError(
+            "too_many_pixels", f"{image.width} x {image.height} is more than {policy.max_pixels} pixels."
+        )
+
+
+def _refusal(data: bytes, policy: PixelPolicy, error: Exception) -> PictureError:
+    """Why Pillow opened nothing."""
+    if isinstance(error, Image.DecompressionBombError):
+        return PictureError("too_many_pixels", f"The header announces more than {policy.max_pixels} pixels.")
+    name = _signature(data)
+    if name in policy.formats:
+        code: PictureCode = "truncated" if _is_cut(data) else "corrupt"
+        return PictureError(code, f"The {name} header cannot be read.")
+    if name:
+        return PictureError("unsupported_format", f"{name} is not among {', '.join(policy.formats)}.")
+    return PictureError("not_an_image", "The content is no known picture format.")
+
+
+def _signature(data: bytes) -> str:
+    """Name of the format that the first bytes announce, or ''."""
+    for pattern, name in _SIGNATURES:
+        if re.match(pattern, data[:16], re.DOTALL):
+            return name
+    return ""
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether the end that the format announces is missing (TIFF announces none)."""
+    name = _signature(data)
+    if name == "JPEG":
+        return b"\xff\xd9" not in data[-65_536:]
+    if name == "PNG":
+        return b"IEND\xaeB`\x82" not in data[-65_536:]
+    if name == "GIF":
+        return not data.endswith(b"\x3b")
+    if name == "WEBP":
+        return len(data) < 12 or 8 + int.from_bytes(data[4:8], "little") > len(data)
+    if name == "BMP":
+        return len(data) < 54 or int.from_bytes(data[2:6], "little") > len(data)
+    return False
+
+
+def _check_png(data: bytes) -> None:
+    """Check the CRC of every critical PNG chunk up to IEND: Pillow skips that of the pixels.
+
+    Raises:
+        PictureError: ``truncated`` without a whole IEND, ``corrupt`` at a wrong CRC.
+    """
+    view, position = memoryview(data), 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(view[position : position + 4], "big")
+        kind = bytes(view[position + 4 : position + 8])
+        end = position + 12 + length
+        if end > len(data):
+            break
+        critical = not kind[0] & 0x20
+        if critical and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(
+            view[end - 4 : end], "big"
+        ):
+            raise PictureError("corrupt", f"The checksum of PNG chunk {kind!r} is wrong.")
+        if kind == b"IEND":
+            return
+        position = end
+    raise PictureError("truncated", "The PNG data ends before its IEND chunk.")
+
+
+def _picture(loaded: _Loaded, data: bytes, policy: PixelPolicy) -> Picture:
+    """Colours and orientation of a loaded frame made uniform."""
+    image, stored, pending = loaded.image, loaded.stored_orientation, loaded.pending_orientation
+    original = image.size[::-1] if stored >= 5 and pending == 1 else image.size
+    had_alpha = image.has_transparency_data
+    bit_depth, channels = _bit_depth(image, data), len(image.getbands())
+    try:
+        colours, alpha, used, broken = _to_srgb(image)
+    except PictureError:
+        raise
+    except _DECODER_ERRORS as error:
+        raise PictureError("corrupt", f"The colours do not convert to RGB ({error}).") from error
+    if alpha is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, policy.background), alpha)
+    if pending in _UPRIGHT:
+        colours = colours.transpose(_UPRIGHT[pending])
+    return Picture(
+        array=np.array(colours, dtype=np.uint8),
+        format="JPEG" if image.format == "MPO" else str(image.format),
+        width=colours.width,
+        height=colours.height,
+        original_width=original[0],
+        original_height=original[1],
+        bit_depth=bit_depth,
+        channels=channels,
+        exif_orientation=stored,
+        icc_profile=used,
+        icc_broken=broken,
+        had_alpha=had_alpha,
+        animated=loaded.animated,
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; damaged metadata counts as none."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _bit_depth(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG":
+        return data[24]
+    if image.format == "TIFF":
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
+        return int(max(bits)) if isinstance(bits, tuple) else int(bits)
+    return 1 if image.mode == "1" else 8
+
+
+def _to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, bool, bool]:
+    """RGB colours, alpha (mode L) or None, whether a profile was used, whether it was broken."""
+    profile = image.info.get("icc_profile")
+    image, alpha = _split_alpha(_to_8_bits(image))
+    if not profile:
+        return _plain_rgb(image), alpha, False, False
+    try:
+        space = _colour_space(profile)
+        fitting = image if (space, image.mode) in {("GRAY", "L"), ("CMYK", "CMYK")} else image.convert("RGB")
+        converted = _transform(profile, fitting.mode).apply(fitting)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return _plain_rgb(image), alpha, False, True
+    return converted, alpha, True, False
+
+
+@lru_cache(maxsize=16)
+def _colour_space(profile: bytes) -> str:
+    """``RGB``, ``GRAY``, ``CMYK``, ... as an ICC profile says."""
+    return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From pictures of ``mode`` under an ICC profile to sRGB, perceptual; corpora share few profiles."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    """RGB without a profile; CIE L*a*b* (TIFF) goes through littlecms."""
+    if image.mode != "LAB":
+        return image.convert("RGB")
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to mode L (LA where one grey is declared transparent); other modes as they are.
+
+    Raises:
+        PictureError: integers or floats of 32 bits, which declare no white.
+    """
+    if image.mode in ("I", "F"):
+        raise PictureError("unsupported_format", f"Mode {image.mode} (32 bits) declares no white.")
+    if not image.mode.startswith("I;16"):
+        return image
+    raw = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((raw + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(raw == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours without transparency (palettes become RGB), and alpha (mode L) or None."""
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    return (image.convert("RGB") if image.mode in ("P", "PA") else image), None

@@ -1,0 +1,352 @@
+"""What ``iqpir.pixels`` promises, on files made here."""
+
+import io
+import pickle
+import struct
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from iqpir.errors import UsageError
+from iqpir.pixels import CODES, FORMATS, PictureError, PixelPolicy, decode, encode_jpeg, encode_png
+
+HEIGHT, WIDTH = 24, 40
+
+
+def ramp() -> NDArray[np.uint8]:
+    """An asymmetric smooth picture, uint8 [24, 40, 3]."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    return np.stack([x * 6, y * 10, (x + y) * 3], axis=-1).astype(np.uint8)
+
+
+def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def code_of(data: bytes, policy: PixelPolicy | None = None) -> str:
+    with pytest.raises(PictureError) as caught:
+        decode(data, policy)
+    assert caught.value.code in CODES
+    assert caught.value.message
+    return caught.value.code
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that is all header: it announces a size and holds one row of nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_png_round_trip_is_exact_and_deterministic() -> None:
+    data = encode_png(ramp())
+    assert data == encode_png(ramp())
+    picture = decode(data)
+    assert np.array_equal(picture.array, ramp())
+    assert picture.array.flags.writeable
+    assert picture.array.flags.c_contiguous
+    assert picture.facts() == {
+        "format": "PNG",
+        "width": WIDTH,
+        "height": HEIGHT,
+        "original_width": WIDTH,
+        "original_height": HEIGHT,
+        "bit_depth": 8,
+        "channels": 3,
+        "exif_orientation": 1,
+        "icc_profile": False,
+        "icc_broken": False,
+        "had_alpha": False,
+        "animated": False,
+    }
+
+
+def test_jpeg_quality_is_obeyed() -> None:
+    rough, fine = decode(encode_jpeg(ramp(), 30)), decode(encode_jpeg(ramp(), 98))
+    error = [np.abs(p.array.astype(int) - ramp()).mean() for p in (rough, fine)]
+    assert error[1] < error[0]
+    assert error[1] < 3
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_every_format_opens_by_content(file_format: str) -> None:
+    picture = decode(saved(Image.fromarray(ramp()), file_format))
+    assert picture.format == file_format
+    assert picture.array.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(picture.array.astype(int) - ramp()).mean() < 16
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(file_format: str, orientation: int) -> None:
+    # The stored picture is the upright one moved back by the inverse of what the tag asks for.
+    inverse = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    stored = np.ascontiguousarray(inverse(ramp()))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    if file_format == "JPEG":
+        options = {"quality": 100, "subsampling": 0}
+    picture = decode(saved(Image.fromarray(stored), file_format, exif=exif, **options))
+    assert np.abs(picture.array.astype(int) - ramp()).max() <= (4 if file_format == "JPEG" else 0)
+    assert picture.exif_orientation == orientation
+    assert (picture.original_height, picture.original_width) == stored.shape[:2]
+    assert (picture.height, picture.width) == (HEIGHT, WIDTH)
+
+
+def test_an_invalid_orientation_counts_as_none() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    picture = decode(saved(Image.fromarray(ramp()), "PNG", exif=exif))
+    assert picture.exif_orientation == 1
+    assert np.array_equal(picture.array, ramp())
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    data = saved(Image.fromarray(ramp()).convert("CMYK"), "JPEG", quality=98)
+    picture = decode(data)
+    assert picture.channels == 4
+    assert np.abs(picture.array.astype(int) - ramp()).mean() < 3
+
+
+def test_alpha_is_composited_on_the_background_and_hidden_colour_does_not_leak() -> None:
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[:, 0] = (255, 0, 0, 0)
+    rgba[:, 1] = (255, 0, 0, 255)
+    rgba[:, 2] = (0, 0, 0, 51)
+    data = saved(Image.fromarray(rgba), "PNG")
+    picture = decode(data)
+    assert picture.had_alpha
+    assert picture.array[0].tolist() == [[255, 255, 255], [255, 0, 0], [204, 204, 204]]
+    assert decode(data, PixelPolicy(background=(0, 0, 255))).array[0, 0].tolist() == [0, 0, 255]
+
+
+def test_grey_with_alpha_is_composited() -> None:
+    grey_alpha = np.array([[[0, 0], [100, 255]]], np.uint8)
+    picture = decode(saved(Image.fromarray(grey_alpha, mode="LA"), "PNG"))
+    assert picture.array[0].tolist() == [[255] * 3, [100] * 3]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_palette_transparency_is_composited(file_format: str) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    picture = decode(saved(image, file_format, transparency=0))
+    assert picture.had_alpha
+    assert picture.array[0].tolist() == [[255, 255, 255], [200, 100, 50]]
+
+
+def test_a_transparent_colour_of_an_rgb_png_is_composited() -> None:
+    rgb = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+    picture = decode(saved(Image.fromarray(rgb), "PNG", transparency=(1, 2, 3)))
+    assert picture.array[0].tolist() == [[255, 255, 255], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(file_format: str) -> None:
+    values = np.array([[0, 257, 256 * 128, 65535, 300, 65407]], np.uint16)
+    picture = decode(saved(Image.fromarray(values), file_format))
+    assert picture.bit_depth == 16
+    expected = np.rint(values / 257).astype(int)
+    assert picture.array[..., 0].tolist() == expected.tolist()
+    assert (picture.array[..., 0] == picture.array[..., 2]).all()
+
+
+def test_sixteen_bit_grey_with_a_transparent_level() -> None:
+    values = np.array([[1000, 1001]], np.uint16)
+    picture = decode(saved(Image.fromarray(values), "PNG", transparency=1000))
+    assert picture.had_alpha
+    assert picture.array[0, :, 0].tolist() == [255, 4]
+
+
+def test_sixteen_bit_rgb_png_is_recorded_as_reduced() -> None:
+    rows = (ramp().astype(">u2") * 257).reshape(HEIGHT, -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    picture = decode(data)
+    assert picture.bit_depth == 16
+    assert np.array_equal(picture.array, ramp())
+
+
+def test_thirty_two_bit_pictures_are_refused_rather_than_guessed() -> None:
+    assert code_of(saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")) == "unsupported_format"
+
+
+def test_one_bit_pictures_become_black_and_white() -> None:
+    picture = decode(saved(Image.fromarray(np.array([[True, False]])), "PNG"))
+    assert picture.bit_depth == 1
+    assert picture.array[0, :, 0].tolist() == [255, 0]
+
+
+def swapped_profile() -> bytes:
+    """An sRGB profile whose red and green primaries are exchanged, by its own tag table."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    for position in range(132, 132 + 12 * count, 12):
+        tag = bytes(profile[position : position + 4])
+        if tag in (b"rXYZ", b"gXYZ"):
+            profile[position : position + 4] = b"gXYZ" if tag == b"rXYZ" else b"rXYZ"
+    return bytes(profile)
+
+
+def test_an_icc_profile_is_converted_to_srgb() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = decode(saved(Image.fromarray(ramp()), "PNG", icc_profile=profile))
+    assert picture.icc_profile
+    assert np.abs(picture.array.astype(int) - ramp()).max() <= 1
+    swapped = decode(saved(Image.fromarray(ramp()), "PNG", icc_profile=swapped_profile()))
+    assert np.abs(swapped.array.astype(int) - ramp()[..., [1, 0, 2]]).max() <= 2
+
+
+def test_an_icc_profile_keeps_transparency() -> None:
+    rgba = np.array([[[9, 9, 9, 0], [200, 10, 10, 255]]], np.uint8)
+    picture = decode(saved(Image.fromarray(rgba), "PNG", icc_profile=swapped_profile()))
+    assert picture.array[0, 0].tolist() == [255, 255, 255]
+    assert picture.array[0, 1, 1] > 190
+
+
+def test_a_broken_or_unfitting_profile_is_ignored_and_recorded() -> None:
+    picture = decode(saved(Image.fromarray(ramp()), "PNG", icc_profile=b"no profile at all" * 20))
+    assert (picture.icc_profile, picture.icc_broken) == (False, True)
+    assert np.array_equal(picture.array, ramp())
+
+
+def frames() -> list[Image.Image]:
+    return [Image.new("RGB", (8, 6), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(file_format: str) -> None:
+    first, *others = frames()
+    picture = decode(saved(first, file_format, save_all=True, append_images=others))
+    assert picture.animated
+    assert np.abs(picture.array.astype(int) - (250, 0, 0)).max() <= 6
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_a_cut_file_is_refused_wherever_it_is_cut(file_format: str) -> None:
+    noisy = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noisy), file_format)
+    # The last bytes of a GIF, TIFF or BMP may be an end mark or padding, after the last pixel.
+    slack = {"GIF": 8, "TIFF": 8, "BMP": 8}.get(file_format, 1)
+    for length in [*range(30, len(data) - slack, max(1, len(data) // 60)), len(data) - slack]:
+        assert code_of(data[:length]) in {"truncated", "corrupt"}, length
+
+
+def test_a_cut_progressive_jpeg_is_truncated() -> None:
+    data = saved(Image.fromarray(ramp()), "JPEG", progressive=True)
+    assert {code_of(data[:length]) for length in (len(data) // 2, len(data) - 1)} == {"truncated"}
+
+
+def test_trailing_bytes_of_a_jpeg_are_accepted() -> None:
+    assert decode(encode_jpeg(ramp()) + b"trailing" * 10).array.shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_flipped_bit_anywhere_in_the_pixels_of_a_png_is_corrupt() -> None:
+    data = encode_png(ramp())
+    start = data.index(b"IDAT") + 4
+    for position in range(start, data.index(b"IEND") - 8, 7):
+        damaged = bytearray(data)
+        damaged[position] ^= 4
+        assert code_of(bytes(damaged)) == "corrupt"
+
+
+def test_random_damage_raises_nothing_but_picture_errors() -> None:
+    generator = np.random.default_rng(7)
+    image = Image.fromarray(ramp())
+    files = [saved(image, "JPEG"), saved(image, "PNG"), saved(image, "GIF"), saved(image, "WEBP")]
+    for data in files:
+        for _ in range(60):
+            damaged = np.frombuffer(data, np.uint8).copy()
+            where = generator.integers(0, len(data), generator.integers(1, 9))
+            damaged[where] = generator.integers(0, 256, len(where))
+            try:
+                assert decode(damaged.tobytes()).array.ndim == 3
+            except PictureError as error:
+                assert error.code in CODES
+
+
+def test_zero_bytes_and_text_and_foreign_formats_have_their_own_codes() -> None:
+    assert code_of(b"") == "empty"
+    assert code_of(b"this is a text that somebody named holiday.jpg") == "not_an_image"
+    assert code_of(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not_an_image"
+    assert code_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n") == "unsupported_format"
+    assert code_of(b"SIMPLE  =                    T" + b" " * 2850) == "unsupported_format"
+    assert code_of(encode_png(ramp()), PixelPolicy(formats=("JPEG",))) == "unsupported_format"
+    assert code_of(encode_png(ramp()), PixelPolicy(max_bytes=10)) == "too_large"
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (14_000, 14_000), (2**31 - 1, 1)])
+def test_a_bomb_is_refused_from_its_header(width: int, height: int) -> None:
+    assert code_of(png_header(width, height)) == "too_many_pixels"
+
+
+def test_the_pixel_limit_is_inclusive() -> None:
+    data = encode_png(ramp())
+    assert decode(data, PixelPolicy(max_pixels=HEIGHT * WIDTH)).width == WIDTH
+    assert code_of(data, PixelPolicy(max_pixels=HEIGHT * WIDTH - 1)) == "too_many_pixels"
+
+
+def test_warnings_turned_into_errors_change_no_verdict() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert code_of(png_header(10_000, 10_000)) == "too_many_pixels"
+        image = Image.new("P", (2, 1))
+        assert decode(saved(image, "PNG", transparency=b"\x00\xff")).had_alpha
+        with pytest.raises(UserWarning):
+            warnings.warn("filters are as they were", stacklevel=1)
+
+
+def test_the_digest_follows_every_field_but_not_the_order_of_formats() -> None:
+    default = PixelPolicy().digest()
+    others = [
+        PixelPolicy(max_pixels=1000),
+        PixelPolicy(max_bytes=1000),
+        PixelPolicy(formats=("JPEG",)),
+        PixelPolicy(background=(0, 0, 0)),
+    ]
+    assert len({default, *(policy.digest() for policy in others)}) == 5
+    assert PixelPolicy(formats=tuple(reversed(FORMATS))).digest() == default
+
+
+def test_policies_that_cannot_be_kept_are_usage_errors() -> None:
+    for fields in ({"max_pixels": 0}, {"max_pixels": 10**9}, {"formats": ("EPS",)}, {"formats": ()}):
+        with pytest.raises(UsageError):
+            PixelPolicy(**fields)
+    with pytest.raises(UsageError):
+        PixelPolicy(background=(256, 0, 0))
+
+
+def test_a_picture_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(PictureError("corrupt", "because")))
+    assert (error.code, error.message, str(error)) == ("corrupt", "because", "corrupt: because")
