@@ -113,7 +113,8 @@ class NetworkConfig:
                 f"Network configuration has unknown keys {sorted(unknown)}.",
                 "It was written by another version; install that one.",
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def digest(self) -> str:
         """12 hex digits that change with any field."""

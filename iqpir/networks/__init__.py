@@ -1,0 +1,1 @@
+"""The networks of the method: pure ``nn.Module``s, built from one ``NetworkConfig``."""
