@@ -1,0 +1,272 @@
+"""Turn scores into labels: calibrated scores, their consensus (the quality), its bin, and the HQ+ flag."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from iqpir.config import digest
+from iqpir.errors import UsageError
+from pipeline.calibration import (
+    BELOW_ONE,
+    Calibration,
+    Kind,
+    fit_calibration,
+    read_calibration,
+    write_calibration,
+)
+from pipeline.corpus import Corpus
+from pipeline.documents import in_threads, write_document
+from pipeline.layout import ObjectRef, label_schema, labels_index_path, labels_path
+from pipeline.score_tables import UnitScores, read_metric_facts, read_scores, read_table
+
+log = logging.getLogger(__name__)
+
+_QUANTILE = re.compile(r"^q(0?\.\d+|0|1)$")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Which scores become labels, and how."""
+
+    corpus: str
+    """Folder or URL of a scored corpus."""
+    name: str = "default"
+    """Of the labels, and of the calibration that is fitted for them."""
+    metrics: list[str] = field(default_factory=lambda: ["piqe", "niqe", "rank"])
+    """Metrics of the consensus; each must have scored the whole corpus."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Metric -> fingerprint, for metrics whose scores the corpus has in several editions."""
+    calibration: Kind = "ecdf"
+    """Kind of map: ecdf (rank in this corpus), minmax (the paper's), range (nominal interval)."""
+    reuse: str = ""
+    """Name of a calibration of this corpus to use instead of fitting one: qualities stay comparable."""
+    consensus: bool = True
+    """Even out the distribution of the mean, so that bins hold equally many samples."""
+    knots: int = 65
+    """Points of an ecdf."""
+    hq_threshold: float | str = "q0.7"
+    """S_thr: a quality such as 0.7, or a quantile such as q0.7 (3 of 10 samples are above it)."""
+    bins: int = 10
+    """Bins of the quality: floor(bins * quality)."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise UsageError(f"name {self.name!r} may hold letters, digits, '_', '.' and '-' only.")
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise UsageError(f"metrics {self.metrics} is empty or names one twice.")
+        if self.bins < 2 or self.knots < 2:
+            raise UsageError(f"bins {self.bins} and knots {self.knots} must be 2 or more.")
+        if not _QUANTILE.match(str(self.hq_threshold)):
+            try:
+                valid = 0.0 <= float(self.hq_threshold) <= 1.0
+            except ValueError:
+                valid = False
+            if not valid:
+                raise UsageError(
+                    f"hq_threshold {self.hq_threshold!r} is no quality.", "Write 0.7, or q0.7 for a quantile."
+                )
+
+
+@dataclass(frozen=True)
+class LabelResult:
+    """What was labelled."""
+
+    corpus: str
+    name: str
+    calibration: str
+    """Name of the calibration."""
+    calibration_digest: str
+    hq_threshold: float
+    labelled: int
+    unlabelled: int
+    """Samples without a quality, because a metric failed on them."""
+    hq_plus: int
+    histogram: list[int]
+    """Samples in each bin."""
+
+
+def label(config: LabelConfig) -> LabelResult:
+    """Label every scored sample. The same scores and configuration give the same labels.
+
+    Raises:
+        UsageError: unknown scores, or the name is taken by other labels.
+        IncompleteError: a metric has not scored every unit.
+        VerificationError: a table of scores is damaged.
+    """
+    corpus = Corpus(config.corpus)
+    facts = {metric: read_metric_facts(corpus, metric, config.fingerprints) for metric in config.metrics}
+    scores = read_scores(corpus, facts)
+    raw = {metric: np.concatenate([unit.raw[metric] for unit in scores]) for metric in config.metrics}
+    calibration = _calibration(corpus, config, raw, facts)
+    quality = _quality(calibration, raw)
+    threshold = _threshold(str(config.hq_threshold), quality)
+    histogram = np.bincount(_bins(quality[np.isfinite(quality)], config.bins), minlength=config.bins)
+    objects = _publish(corpus, config, calibration, scores, threshold)
+    index = {
+        "name": config.name,
+        "metrics": {metric: found["fingerprint"] for metric, found in facts.items()},
+        "calibration_name": calibration.name,
+        "calibration": calibration.digest,
+        "hq_threshold": threshold,
+        "hq_threshold_rule": str(config.hq_threshold),
+        "bins": config.bins,
+        "manifest": corpus.manifest().digest,
+        "labelled": int(np.isfinite(quality).sum()),
+        "unlabelled": int((~np.isfinite(quality)).sum()),
+        "hq_plus": int((quality > threshold).sum()),
+        "histogram": [int(count) for count in histogram],
+        "objects": [reference.to_dict() for reference in objects],
+    }
+    stored = write_document(
+        corpus.storage, labels_index_path(config.name), {**index, "digest": digest(index)}
+    )
+    if stored["digest"] != digest(index):
+        raise UsageError(
+            f"The corpus has other labels called {config.name} (from other scores, samples or settings).",
+            "Choose another name; reuse keeps the scale of the former ones.",
+        )
+    if index["unlabelled"]:
+        log.warning("%d samples have no quality: a metric failed on them", index["unlabelled"])
+    return LabelResult(
+        corpus=corpus.storage.url,
+        name=config.name,
+        calibration=calibration.name,
+        calibration_digest=calibration.digest,
+        hq_threshold=threshold,
+        labelled=int(np.isfinite(quality).sum()),
+        unlabelled=int((~np.isfinite(quality)).sum()),
+        hq_plus=int((quality > threshold).sum()),
+        histogram=[int(count) for count in histogram],
+    )
+
+
+def read_label_index(corpus: Corpus, name: str) -> dict[str, Any]:
+    """What the labels called ``name`` were made from, and their objects.
+
+    Raises:
+        UsageError: there are none; the message lists those there are.
+    """
+    try:
+        index: dict[str, Any] = json.loads(corpus.storage.read(labels_index_path(name)))
+    except FileNotFoundError as error:
+        known = sorted({entry.path.split("/")[1] for entry in corpus.storage.list("labels")})
+        raise UsageError(
+            f"The corpus {corpus.storage.url} has no labels {name!r}.",
+            f"Known: {', '.join(known) or 'none'}; jobs/label.py makes some.",
+        ) from error
+    return index
+
+
+def read_labels(corpus: Corpus, index: Mapping[str, Any]) -> pa.Table:
+    """The rows of the labels of ``index`` (``layout.label_schema``).
+
+    Raises:
+        VerificationError: a table is not what the index says.
+    """
+
+    def read(reference: Mapping[str, Any]) -> pa.Table:
+        return read_table(corpus, reference)
+
+    tables = in_threads(read, index["objects"])
+    schema = label_schema(tuple(index["metrics"]))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _calibration(
+    corpus: Corpus,
+    config: LabelConfig,
+    raw: Mapping[str, NDArray[np.float64]],
+    facts: Mapping[str, Mapping[str, Any]],
+) -> Calibration:
+    """The calibration to use: fitted on these scores and stored, or the one to reuse."""
+    if not config.reuse:
+        reference = {
+            "manifest": corpus.manifest().digest,
+            "samples": len(next(iter(raw.values()))),
+        }
+        calibration = fit_calibration(
+            config.name,
+            raw,
+            facts,
+            kind=config.calibration,
+            knots=config.knots,
+            even=config.consensus,
+            reference=reference,
+        )
+        write_calibration(corpus, calibration)
+        return calibration
+    calibration = read_calibration(corpus, config.reuse)
+    fingerprints = {metric: found["fingerprint"] for metric, found in facts.items()}
+    if calibration.fingerprints != fingerprints:
+        raise UsageError(
+            f"Calibration {config.reuse} is of {calibration.fingerprints}, these scores are {fingerprints}.",
+            "Label with the same metrics in the same editions, or fit a calibration.",
+        )
+    return calibration
+
+
+def _quality(calibration: Calibration, raw: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:
+    """Quality [N] as it is stored, float32 in [0, 1); NaN where a metric failed."""
+    return np.minimum(calibration.quality(raw), BELOW_ONE).astype(np.float32)
+
+
+def _threshold(rule: str, quality: NDArray[np.float32]) -> float:
+    """S_thr as a number."""
+    match = _QUANTILE.match(rule)
+    if match is None:
+        return float(rule)
+    finite = quality[np.isfinite(quality)]
+    if not len(finite):
+        raise UsageError("No sample has a quality, so hq_threshold has no quantile.", "See the scores.")
+    return float(np.quantile(finite.astype(np.float64), float(match[1])))
+
+
+def _bins(quality: NDArray[np.float32], bins: int) -> NDArray[np.int32]:
+    return np.minimum(np.floor(quality.astype(np.float64) * bins), bins - 1).astype(np.int32)
+
+
+def _publish(
+    corpus: Corpus,
+    config: LabelConfig,
+    calibration: Calibration,
+    scores: list[UnitScores],
+    threshold: float,
+) -> list[ObjectRef]:
+    """Store one label table per unit."""
+    footer = {"labels": config.name, "calibration": calibration.digest, "hq_threshold": repr(threshold)}
+
+    def store(unit: UnitScores) -> ObjectRef:
+        return corpus.publish_table(
+            _label_table(unit, calibration, threshold, config.bins),
+            lambda sha256: labels_path(config.name, unit.unit.ordinal, sha256),
+            footer,
+        )
+
+    return in_threads(store, scores)
+
+
+def _label_table(unit: UnitScores, calibration: Calibration, threshold: float, bins: int) -> pa.Table:
+    """``label_schema`` rows of one unit; null where a metric failed."""
+    calibrated = calibration.calibrate(unit.raw)
+    quality = _quality(calibration, unit.raw)
+    missing = ~np.isfinite(quality)
+    columns: dict[str, Any] = {"key": unit.keys}
+    for metric, values in calibrated.items():
+        failed = ~np.isfinite(unit.raw[metric])
+        columns[f"iqa_{metric}"] = pa.array(unit.raw[metric].astype(np.float32), mask=failed)
+        columns[f"iqa_{metric}_cal"] = pa.array(values.astype(np.float32), mask=failed)
+        columns[f"iqa_{metric}_status"] = unit.statuses[metric]
+    spread = np.std(list(calibrated.values()), axis=0).astype(np.float32)
+    columns["quality"] = pa.array(quality, mask=missing)
+    columns["quality_std"] = pa.array(spread, mask=missing)
+    columns["quality_bin"] = pa.array(_bins(np.nan_to_num(quality), bins), mask=missing)
+    columns["hq_plus"] = pa.array(quality > threshold, mask=missing)
+    return pa.table(columns, schema=label_schema(tuple(calibrated)))

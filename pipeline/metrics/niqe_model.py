@@ -1,0 +1,159 @@
+"""Fit NIQE's model of pristine pictures (Mittal et al., IEEE SPL 2013) on pictures of free licence.
+
+pyiqa computes NIQE but fetches the authors' model from the network. This one is fitted here, with pyiqa's
+own features, so that ``niqe`` needs no download; its values are not comparable with published ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from iqpir.errors import UsageError
+from pipeline.metrics.distortions import Picture
+from pipeline.torchvision_ops import ensure_torchvision_operators
+
+BLOCK = 96
+"""Side of a block in pixels, as in the paper."""
+SHARPNESS_SHARE = 0.5
+"""A block counts when its mean local deviation exceeds this share of the picture's largest (T; the paper
+takes 0.75, which leaves 150 blocks of the 24 Kodak pictures, too few for 36 features; 0.5 leaves 395)."""
+FEATURES = 36
+
+
+@dataclass(frozen=True)
+class PristineModel:
+    """Multivariate Gaussian of block features: mean [36], covariance [36,36], and the blocks it rests on."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    blocks: int
+
+
+def fit_pristine_model(pictures: Sequence[Picture]) -> PristineModel:
+    """Fit the Gaussian on the sharp blocks of ``pictures`` (uint8 RGB, sides of at least 192).
+
+    Raises:
+        UsageError: fewer than 200 sharp blocks: the covariance of 36 features would be worthless.
+    """
+    features = np.concatenate([_sharp_block_features(picture) for picture in pictures])
+    features = features[np.isfinite(features).all(axis=1)]
+    if len(features) < 200:
+        raise UsageError(f"Only {len(features)} sharp blocks for NIQE; it needs 200.", "Give more pictures.")
+    return PristineModel(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
+
+
+def save_pristine_model(model: PristineModel, path: Path, facts: dict[str, str]) -> None:
+    """Write the ``.mat`` that pyiqa's ``pretrained_model_path`` reads, with ``facts`` beside the arrays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    arrays = {"mu_prisparam": model.mean[None], "cov_prisparam": model.covariance}
+    with temporary.open("wb") as file:
+        scipy.io.savemat(file, {**arrays, **facts, "blocks": model.blocks})
+    _erase_date(temporary)
+    temporary.replace(path)
+
+
+def load_pristine_model(path: Path) -> PristineModel:
+    """Inverse of ``save_pristine_model``; the authors' own file is read as well."""
+    arrays = scipy.io.loadmat(str(path))
+    blocks = int(arrays["blocks"].item()) if "blocks" in arrays else 0
+    return PristineModel(np.ravel(arrays["mu_prisparam"]), arrays["cov_prisparam"], blocks)
+
+
+class Niqe(nn.Module):
+    """NIQE, lower is better: the distance of a picture's block features from the pristine Gaussian (eq. 10).
+
+    The features are pyiqa's, and so is the score wherever pyiqa gives one. pyiqa stops at a picture whose
+    blocks are flat or whose only block leaves no covariance. Here blocks without statistics are left out, a
+    single block counts with no covariance of its own, and a picture without any contrast has features of
+    zero: far from pristine, as it should be. So each picture has a finite score.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def __init__(self, model: PristineModel) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(np.array(model.mean, np.float64)))
+        self.register_buffer("covariance", torch.from_numpy(np.array(model.covariance, np.float64)))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B,3,H,W] in [0,1], sides of at least 96 -> [B]."""
+        return torch.stack([self._distance(features) for features in _block_features(_luma(pictures))])
+
+    def _distance(self, features: Tensor) -> Tensor:
+        """[blocks,36] of one picture -> its distance, 0-d."""
+        valid = features[features.isfinite().all(dim=1)]
+        if not len(valid):
+            valid = torch.zeros_like(features[:1])
+        spread = torch.cov(valid.T) if len(valid) > 1 else torch.zeros_like(self.covariance)
+        difference = self.mean - _finite_means(features, valid)
+        inverse = torch.linalg.pinv((self.covariance + spread) / 2)
+        squared: Tensor = difference @ inverse @ difference
+        return squared.clamp(min=0).sqrt()
+
+
+def _finite_means(features: Tensor, valid: Tensor) -> Tensor:
+    """Mean of each feature [36] over the blocks that have it, as the authors take it; else over ``valid``."""
+    means = features.nanmean(dim=0)
+    return torch.where(means.isfinite(), means, valid.mean(dim=0))
+
+
+def _erase_date(path: Path) -> None:
+    """Blank the creation date in the text header, so that the same fit gives the same file."""
+    header = b"MATLAB 5.0 MAT-file, NIQE pristine model fitted by iqpir"
+    with path.open("r+b") as file:
+        file.write(header.ljust(116))
+
+
+def _sharp_block_features(picture: Picture) -> NDArray[np.float64]:
+    """Features [n,36] of the picture's sharp blocks, at full and at half resolution."""
+    luma = _luma(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255.0)
+    sharpness = _block_means(_local_deviation(luma), BLOCK)
+    features = _block_features(luma)[0]
+    return np.asarray(features[sharpness > SHARPNESS_SHARE * sharpness.max()].numpy(), np.float64)
+
+
+def _luma(pictures: Tensor) -> Tensor:
+    """RGB [B,3,H,W] in [0,1] -> rounded luma [B,1,h,w] in 0..255, float64, cut to whole blocks."""
+    ensure_torchvision_operators()
+    from pyiqa.utils.color_util import to_y_channel
+
+    luma: Tensor = to_y_channel(pictures, 255, "yiq").round().double()
+    height, width = (side // BLOCK * BLOCK for side in luma.shape[-2:])
+    return luma[..., :height, :width]
+
+
+def _block_features(luma: Tensor) -> Tensor:
+    """Luma [B,1,h,w], h and w multiples of 96 -> features [B,blocks,36] at full and at half resolution."""
+    from pyiqa.archs.niqe_arch import blockproc, compute_feature, imresize, normalize_img_with_gauss
+
+    half = imresize(luma / 255.0, scale=0.5, antialiasing=True) * 255.0
+    columns = [
+        blockproc(normalize_img_with_gauss(image, padding="replicate"), [side, side], fun=compute_feature)
+        for image, side in ((luma, BLOCK), (half, BLOCK // 2))
+    ]
+    return torch.cat(columns, dim=-1)
+
+
+def _local_deviation(luma: Tensor) -> Tensor:
+    """Deviation in a 7x7 Gaussian window (sigma 7/6) at each pixel: [1,1,H,W] -> the same."""
+    from pyiqa.matlab_utils import fspecial, imfilter
+
+    window = fspecial(7, 7.0 / 6, 1).to(luma)
+    mean = imfilter(luma, window, padding="replicate")
+    square = imfilter(luma**2, window, padding="replicate")
+    deviation: Tensor = (square - mean**2).abs().sqrt()
+    return deviation
+
+
+def _block_means(values: Tensor, side: int) -> Tensor:
+    """Mean of each block, in the order of pyiqa's blockproc: column by column, rows within."""
+    means = torch.nn.functional.avg_pool2d(values, side)[0, 0]
+    return means.T.reshape(-1)

@@ -1,0 +1,225 @@
+"""The one adapter to pyiqa's no-reference metrics: facts, weights without a network, and a plain scorer.
+
+pyiqa downloads a missing weight file while it builds a metric. Here that is an error, or, with a mirror, a
+checked copy: a thousand workers must not fetch from a public server in secret.
+"""
+
+import hashlib
+import importlib
+import logging
+import os
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iqpir.errors import UsageError
+from pipeline.metrics.niqe_model import Niqe, load_pristine_model
+from pipeline.metrics.small_pictures import Enlargement
+from pipeline.storage import Storage
+from pipeline.torchvision_ops import ensure_torchvision_operators
+
+LICENCE = "pyiqa: PolyForm-Noncommercial-1.0.0 and NTU S-Lab 1.0 (non-commercial); weights may add their own"
+SUMS = "SHA256SUMS"
+"""File of a weights mirror: a line ``<sha256>  <file name>`` for each weight file beside it."""
+NIQE_MODEL = Path(__file__).parent / "niqe_pristine.mat"
+DEFAULT_MIN_SIDE = 224
+"""Side to which pictures are enlarged for pyiqa's networks, which see 224 pixels and more in training."""
+
+_SEED = 123
+_NOT_OF_ONE_PICTURE = ("fid", "fid_dinov2", "sfid", "inception_score", "clipscore")
+_NO_GRADIENT = ("brisque", "entropy", "ilniqe", "niqe", "nrqm", "pi", "piqe", "qalign", "compare2score")
+_PER_PICTURE = ("piqe", "niqe", "niqe_matlab", "entropy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyiqaFacts:
+    """What the registry needs to know about a pyiqa metric."""
+
+    lower_better: bool
+    differentiable: bool
+    batchable: bool
+    score_range: tuple[float, float] | None = None
+    min_side: int = DEFAULT_MIN_SIDE
+    enlargement: Enlargement = "bicubic"
+
+
+EMBEDDED: Mapping[str, PyiqaFacts] = {
+    "piqe": PyiqaFacts(
+        lower_better=True, differentiable=False, batchable=True, score_range=(0.0, 100.0), min_side=16
+    ),
+    "niqe": PyiqaFacts(
+        lower_better=True,
+        differentiable=False,
+        batchable=True,
+        score_range=(0.0, 100.0),
+        min_side=96,
+        enlargement="mirror",
+    ),
+}
+"""pyiqa metrics that need no download; known without importing pyiqa."""
+
+
+def version() -> str:
+    """The installed version of pyiqa, or ``absent``."""
+    try:
+        return metadata.version("pyiqa")
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def no_reference_metrics() -> dict[str, PyiqaFacts]:
+    """Facts of each no-reference metric of the installed pyiqa, by pyiqa's name; none without pyiqa."""
+    if util.find_spec("pyiqa") is None:
+        return {}
+    configs: Mapping[str, Mapping[str, Any]] = _pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
+    return {
+        name: PyiqaFacts(
+            lower_better=bool(config.get("lower_better", False)),
+            differentiable=not name.startswith(_NO_GRADIENT),
+            batchable=name in _PER_PICTURE,
+            score_range=_range(str(config.get("score_range", ""))),
+        )
+        for name, config in configs.items()
+        if config.get("metric_mode") == "NR" and name not in _NOT_OF_ONE_PICTURE
+    }
+
+
+def build(name: str, device: str | torch.device, weights_uri: str | None = None) -> "PyiqaScorer":
+    """A pyiqa metric ready to score.
+
+    Args:
+        name: pyiqa's name.
+        device: where it runs.
+        weights_uri: folder or URL with weight files and their ``SHA256SUMS``; files are copied from there
+            into pyiqa's cache. Without it only that cache is looked at.
+
+    Raises:
+        UsageError: pyiqa, a package it needs or a weight file is missing (naming it and its place), or a
+            file of the mirror is not what its sum says.
+    """
+    if util.find_spec("pyiqa") is None:
+        raise UsageError(f"Metric {name!r} needs pyiqa.", "Install the extra: pip install iqpir[iqa].")
+    pyiqa = _pyiqa("pyiqa")
+    if name == "niqe":
+        return PyiqaScorer(Niqe(load_pristine_model(NIQE_MODEL)).to(device), torch.device(device))
+    mirror = Storage.open(weights_uri) if weights_uri else None
+    with _without_network(name, mirror), redirect_stdout(sys.stderr):
+        try:
+            metric = pyiqa.create_metric(name, device=torch.device(device))
+        except ImportError as error:
+            raise UsageError(f"Metric {name!r} needs a package that is missing: {error}.") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"Metric {name!r} cannot be built: {' '.join(str(error).split())[:300]}.",
+                "Missing weights belong in the cache of Hugging Face (HF_HOME) or torch (TORCH_HOME).",
+            ) from error
+    return PyiqaScorer(metric.net, torch.device(device))
+
+
+class PyiqaScorer(nn.Module):
+    """A pyiqa network as a function of pictures; one that draws random crops draws the same each time."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.device = device
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B,3,H,W] in [0,1] -> [B]; higher or lower is better, as the metric's direction says."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        before = np.random.get_state()  # noqa: NPY002  (pyiqa draws from the global generator)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(_SEED)
+            np.random.seed(_SEED)  # noqa: NPY002
+            try:
+                output = self.net(pictures.to(self.device))
+            finally:
+                np.random.set_state(before)  # noqa: NPY002
+        score: Tensor = output[0] if isinstance(output, tuple) else output
+        return score.reshape(len(pictures))
+
+
+def _pyiqa(module: str) -> Any:
+    """A module of pyiqa, imported late (it takes seconds), quiet, and told to stay offline."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[variable] = "1"
+    ensure_torchvision_operators()
+    with redirect_stdout(sys.stderr):
+        found = importlib.import_module(module)
+    logging.getLogger("pyiqa").setLevel(logging.WARNING)
+    return found
+
+
+def _range(text: str) -> tuple[float, float] | None:
+    """pyiqa's range, such as ``~0, ~100``, as numbers; None where an end is open."""
+    parts = [part.strip().lstrip("~") for part in text.split(",")]
+    try:
+        low, high = (float(part) for part in parts)
+    except ValueError:
+        return None
+    return (low, high) if low < high else None
+
+
+@contextmanager
+def _without_network(name: str, mirror: Storage | None) -> Iterator[None]:
+    """Replace what pyiqa and CLIP download with by functions that look into the mirror, or refuse."""
+    download_util = _pyiqa("pyiqa.utils.download_util")
+
+    def fetch(url: str, target: str, *_: Any, **__: Any) -> None:
+        _copy_from_mirror(name, Path(target), mirror, url)
+
+    def refuse(request: Any, *_: Any, **__: Any) -> NoReturn:
+        url = str(getattr(request, "full_url", request))
+        raise UsageError(
+            f"Metric {name!r} needs {url.rsplit('/', 1)[-1]}, and weights are not downloaded while scoring.",
+            f"Fetch {url} into the cache of the library that asks for it.",
+        )
+
+    places: list[tuple[Any, str, Any]] = [
+        (download_util, "download_url_to_file", fetch),
+        (torch.hub, "download_url_to_file", fetch),
+        (urllib.request, "urlopen", refuse),
+    ]
+    with ExitStack() as stack:
+        for module, attribute, replacement in places:
+            stack.callback(setattr, module, attribute, getattr(module, attribute))
+            setattr(module, attribute, replacement)
+        yield
+
+
+def _copy_from_mirror(name: str, target: Path, mirror: Storage | None, url: str) -> None:
+    """Put one weight file at ``target``, whole and checked.
+
+    Raises:
+        UsageError: there is no mirror, or it has no such file, no sum of it, or another content.
+    """
+    if mirror is None:
+        raise UsageError(
+            f"Metric {name!r} needs the weight file {target.name}; weights are not downloaded while scoring.",
+            f"Put it at {target} (from {url}), or in a folder or bucket given as weights_uri.",
+        )
+    place = mirror.uri(target.name)
+    try:
+        lines = mirror.read(SUMS).decode().splitlines()
+        data = mirror.read(target.name)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"Metric {name!r} needs {place} and {mirror.uri(SUMS)}; one of them is not there.",
+            f"Put {target.name} (from {url}) there and add the output of sha256sum to {SUMS}.",
+        ) from error
+    sums = {parts[1].lstrip("*"): parts[0] for parts in (line.split() for line in lines) if len(parts) == 2}
+    if sums.get(target.name) != hashlib.sha256(data).hexdigest():
+        raise UsageError(f"{place} is not what {SUMS} says.", "Copy it again, or correct the sum.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(target)

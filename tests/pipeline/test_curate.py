@@ -1,0 +1,138 @@
+"""Views: chosen by SQL, split by source picture, versioned by content, and honest about errors."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+from PIL import Image
+
+from iqpir.errors import UsageError
+from pipeline.corpus import Corpus
+from pipeline.crops import CropPolicy
+from pipeline.curate import CurateConfig, CurateResult, _held_back, curate
+from pipeline.label import LabelConfig, label
+from pipeline.layout import SAMPLE_REFERENCE
+from pipeline.score import ScoreConfig, score
+from pipeline.shard import ShardConfig, shard
+from pipeline.units import SchedulingConfig
+from pipeline.verify import VerifyConfig, verify
+from pipeline.view import read_view
+from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
+
+ALONE = SchedulingConfig(workers=0)
+
+
+def _labelled(corpus: Corpus) -> Corpus:
+    score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=ALONE))
+    label(LabelConfig(corpus=corpus.storage.url, metrics=["rank"]))
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curate")
+    _labelled(drawn_corpus(folder, count=6, side=32, unit_samples=10))
+    return folder / "corpus"
+
+
+@pytest.fixture
+def corpus(labelled: Path, tmp_path: Path) -> Corpus:
+    """A copy that a test may change."""
+    shutil.copytree(labelled, tmp_path / "corpus")
+    return Corpus(str(tmp_path / "corpus"))
+
+
+def _curate(corpus: Corpus, **settings: object) -> CurateResult:
+    return curate(CurateConfig(corpus=corpus.storage.url, **{"name": "best", **settings}))  # type: ignore[arg-type]
+
+
+def test_a_view_holds_what_meets_the_condition_and_nothing_else(corpus: Corpus) -> None:
+    result = _curate(corpus, where="quality > 0.5 and width >= 32 and iqa_rank > 0")
+    view = read_view(corpus, result.view)
+    assert 0 < view.table.num_rows == result.samples < 24
+    assert pc.min(view.table["quality"]).as_py() > 0.5
+    wanted = [*SAMPLE_REFERENCE.names, "iqa_rank", "iqa_rank_cal", "iqa_rank_status"]
+    wanted += ["quality", "quality_std", "quality_bin", "hq_plus", "split"]
+    assert view.table.column_names == wanted
+    assert result.train + result.val == result.samples
+    assert view.facts["where"] == "quality > 0.5 and width >= 32 and iqa_rank > 0"
+    assert corpus.read_sample(view.table.to_pylist()[0]).startswith(b"\x89PNG")
+    verify(VerifyConfig(corpus=corpus.storage.url))
+
+
+def test_the_same_choice_is_the_same_version_and_another_the_next(corpus: Corpus) -> None:
+    first = _curate(corpus, where="quality > 0.5")
+    files = [entry.path for entry in corpus.storage.list("views")]
+    again = _curate(corpus, where="quality > 0.5")
+    assert (first.view, first.new, again.view, again.new) == ("best@v0001", True, "best@v0001", False)
+    assert [entry.path for entry in corpus.storage.list("views")] == files
+    assert _curate(corpus, where="quality > 0.2").view == "best@v0002"
+    assert _curate(corpus, where="quality > 0.5").view == "best@v0001"
+    assert read_view(corpus, "best").reference == "best@v0002"
+
+
+def test_crops_of_one_picture_never_lie_on_both_sides(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for number in range(5):
+        Image.fromarray(drawn_picture(number, 96)).save(source / f"{number}.png")
+    url = str(tmp_path / "corpus")
+    shard(ShardConfig(input=str(source), corpus=url, crop=CropPolicy(size=32), workers=0))
+    corpus = _labelled(Corpus(url))
+    view = read_view(corpus, _curate(corpus, holdout=0.3).view)
+    relpath = dict(
+        zip(*(corpus.samples(["key", "relpath"])[c].to_pylist() for c in ("key", "relpath")), strict=True)
+    )
+    sides: dict[str, set[str]] = {}
+    for row in view.table.to_pylist():
+        sides.setdefault(relpath[row["key"]], set()).add(row["split"])
+    assert view.table.num_rows > 5
+    assert all(len(side) == 1 for side in sides.values())
+    assert set().union(*sides.values()) == {"train", "val"}
+
+
+def test_each_side_has_a_source_and_a_grown_corpus_keeps_its_split() -> None:
+    few = {f"images/{number}.png" for number in range(40)}
+    more = few | {f"images/{number}.png" for number in range(40, 200)}
+    assert _held_back(few, 0.2, 0) == _held_back(more, 0.2, 0) & few
+    assert 0.1 < len(_held_back(more, 0.2, 0)) / 200 < 0.3
+    assert _held_back(few, 0.2, 0) != _held_back(few, 0.2, 1)
+    assert len(_held_back({"a", "b"}, 0.0001, 0)) == 1
+    assert len(_held_back({"a", "b"}, 0.9999, 0)) == 1
+    assert _held_back({"a"}, 0.5, 0) == set()
+    assert _held_back(few, 0.0, 0) == set()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "qualty > 0.5",
+        "quality >",
+        "1 = 1) OR (quality > ",
+        "true); DROP TABLE candidates; SELECT (1",
+        "key IN (SELECT content FROM read_text('/etc/hostname'))",
+    ],
+)
+def test_a_bad_condition_is_an_error_with_the_columns_and_writes_nothing(corpus: Corpus, where: str) -> None:
+    with pytest.raises(UsageError, match=r"Columns: key, .*quality"):
+        _curate(corpus, where=where)
+    assert corpus.storage.list("views") == []
+
+
+def test_an_empty_choice_is_an_error(corpus: Corpus) -> None:
+    with pytest.raises(UsageError, match="No sample meets"):
+        _curate(corpus, where="quality > 2")
+
+
+def test_missing_labels_name_the_known_ones(corpus: Corpus) -> None:
+    with pytest.raises(UsageError, match="Known: default"):
+        _curate(corpus, labels="defualt")
+
+
+def test_the_view_states_its_parents(corpus: Corpus) -> None:
+    facts = read_view(corpus, _curate(corpus).view).facts
+    assert facts["manifest"] == corpus.manifest().digest
+    assert facts["calibration_name"] == "default"
+    assert len(facts["calibration"]) == 12
+    assert 0 < facts["hq_threshold"] < 1

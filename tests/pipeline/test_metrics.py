@@ -1,0 +1,259 @@
+"""The registry, weights without a network, and what each embedded metric can order."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from safetensors import safe_open
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from iqpir.errors import UsageError
+from iqpir.quality_prior import RANK_FACTS
+from pipeline.fit_metric import FitMetricConfig, fit_metric
+from pipeline.metrics import Scorer, find_metrics, scorer_digest
+from pipeline.metrics.distortions import BASIC, KINDS, Picture, distort
+from pipeline.metrics.niqe_model import Niqe, fit_pristine_model, load_pristine_model
+from pipeline.metrics.pyiqa_adapter import NIQE_MODEL
+from pipeline.metrics.small_pictures import Enlarged, enlarge
+from tests.pipeline.drawn_corpus import drawn_picture
+
+PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
+SEVERITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def _tensor(pictures: list[Picture]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255.0
+
+
+def _photographs() -> list[Picture]:
+    folder = Path(skimage.__file__).parent / "data"
+    return [np.asarray(Image.open(folder / name).convert("RGB")) for name in PHOTOGRAPHS]
+
+
+def _order(scorer: Scorer, picture: Picture, kind: str) -> float:
+    """Spearman correlation of score and (falling) severity, the undistorted picture included."""
+    chain = [picture, *(distort(picture, kind, severity, 0) for severity in SEVERITIES)]
+    with torch.inference_mode():
+        scores = scorer(_tensor(chain)).numpy()
+    return float(spearmanr(scores, -np.arange(len(chain))).statistic)
+
+
+def test_an_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="rank_judge"):
+        find_metrics(["rank_juge"])
+
+
+@pytest.mark.slow
+def test_names_of_pyiqa_are_known_with_direction_and_licence() -> None:
+    musiq, brisque = find_metrics(["musiq", "brisque"])
+    assert (musiq.direction, brisque.direction) == ("higher", "lower")
+    assert musiq.score_range == (0.0, 100.0)
+    assert (musiq.differentiable, brisque.differentiable) == (True, False)
+    assert not musiq.batchable
+    with pytest.raises(UsageError, match="musiq"):
+        find_metrics(["musiqq"])
+
+
+def test_commercial_safe_refuses_what_may_not_be_sold_and_says_what_may() -> None:
+    assert [metric.name for metric in find_metrics(["rank", "rank_judge"], commercial_safe=True)] == [
+        "rank",
+        "rank_judge",
+    ]
+    with pytest.raises(UsageError, match=r"piqe: .*Noncommercial.*niqe: .*rank_judge"):
+        find_metrics(["piqe", "niqe", "rank"], commercial_safe=True)
+
+
+def test_a_package_adds_a_metric_through_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "brightness_metric.py").write_text(
+        "from pipeline.metrics import Metric\n"
+        "METRIC = Metric(name='brightness', version='1', direction='higher', differentiable=True,\n"
+        "                licence='CC0', commercial=True,\n"
+        "                scorer=lambda device, weights_uri=None: lambda x: x.mean((1, 2, 3)))\n"
+    )
+    information = tmp_path / "brightness-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(
+        "[iqpir.metrics]\nbrightness = brightness_metric:METRIC\nliar = brightness_metric:METRIC\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metric = find_metrics(["brightness"], commercial_safe=True)[0]
+    assert metric.scorer("cpu")(torch.full((2, 3, 4, 4), 0.25)).tolist() == [0.25, 0.25]
+    with pytest.raises(UsageError, match="'liar'"):
+        find_metrics(["liar"])
+
+
+def test_a_metric_named_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="twice"):
+        find_metrics(["rank", "rank"])
+
+
+@pytest.mark.slow
+def test_missing_weights_are_an_error_that_names_file_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"brisque_svm_weights\.pth.*weights_uri"):
+        find_metrics(["brisque"])[0].scorer("cpu")
+
+
+@pytest.mark.slow
+def test_a_mirror_gives_checked_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, mirror = tmp_path / "cache", tmp_path / "mirror"
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(cache))
+    mirror.mkdir()
+    data = NIQE_MODEL.read_bytes()
+    (mirror / "niqe_matlab_params.mat").write_bytes(data)
+    with pytest.raises(UsageError, match="SHA256SUMS"):
+        find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
+    (mirror / "SHA256SUMS").write_text(f"{'0' * 64}  niqe_matlab_params.mat\n")
+    with pytest.raises(UsageError, match="is not what SHA256SUMS says"):
+        find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
+    assert not list(cache.glob("*.mat"))
+    digest = hashlib.sha256(data).hexdigest()
+    (mirror / "SHA256SUMS").write_text(f"{digest}  niqe_matlab_params.mat\n")
+    scorer = find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
+    assert (cache / "niqe_matlab_params.mat").read_bytes() == data
+    pictures = _tensor([drawn_picture(0, 224)])
+    with torch.inference_mode():
+        torch.testing.assert_close(scorer(pictures), find_metrics(["niqe"])[0].scorer("cpu")(pictures))
+
+
+@pytest.mark.slow
+def test_niqe_is_pyiqas_where_that_is_finite_and_finite_everywhere() -> None:
+    ours = find_metrics(["niqe"])[0].scorer("cpu")
+    import pyiqa
+
+    theirs = pyiqa.create_metric("niqe", device="cpu", pretrained_model_path=str(NIQE_MODEL))
+    pictures = _tensor([drawn_picture(seed, 200) for seed in range(2)])
+    torch.testing.assert_close(ours(pictures), theirs(pictures).reshape(-1).float(), rtol=1e-5, atol=1e-4)
+    flat = torch.full((1, 3, 40, 200), 0.5)
+    assert float(ours(flat)) > float(ours(pictures).max())
+    assert bool(ours(pictures[..., :33, :35]).isfinite().all())
+
+
+@pytest.mark.slow
+def test_niqe_refuses_to_be_fitted_on_too_little() -> None:
+    with pytest.raises(UsageError, match="sharp blocks"):
+        fit_pristine_model([drawn_picture(0, 200)])
+
+
+@pytest.mark.slow
+def test_a_fitted_niqe_model_is_reproducible_and_loads(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for seed in range(14):
+        Image.fromarray(drawn_picture(seed, 388)).save(source / f"{seed}.png")
+    results = [
+        fit_metric(
+            FitMetricConfig(
+                metric="niqe", input=str(source), output=str(tmp_path / name), dataset="drawn", licence="none"
+            )
+        )
+        for name in ("a.mat", "b.mat")
+    ]
+    assert results[0].sha256 == results[1].sha256
+    model = load_pristine_model(tmp_path / "a.mat")
+    assert model.mean.shape == (36,)
+    assert bool(Niqe(model)(_tensor([drawn_picture(3, 200)])).isfinite().all())
+
+
+@pytest.mark.slow
+def test_rank_training_is_reproducible_learns_and_records_its_data(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for seed in range(3):
+        Image.fromarray(drawn_picture(seed, 200)).save(source / f"{seed}.png")
+
+    def train(name: str, seed: int) -> str:
+        return fit_metric(
+            FitMetricConfig(
+                metric="rank_judge",
+                input=str(source),
+                output=str(tmp_path / name),
+                dataset="drawn",
+                licence="none",
+                steps=2,
+                seed=seed,
+            )
+        ).sha256
+
+    first = train("a.safetensors", 0)
+    assert train("b.safetensors", 0) == first
+    assert train("c.safetensors", 1) != first
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
+        facts = json.loads(file.metadata()[RANK_FACTS])
+    assert (facts["dataset"], facts["pictures"], facts["steps"]) == ("drawn", "3", "2")
+
+
+def test_the_weights_in_the_repository_name_their_data_and_licence() -> None:
+    folder = Path(__file__).parents[2] / "iqpir" / "weights"
+    for name in ("rank_quality", "rank_judge"):
+        path = folder / f"{name}.safetensors"
+        assert path.stat().st_size < 4 << 20
+        with safe_open(str(path), "pt") as file:
+            facts = json.loads(file.metadata()[RANK_FACTS])
+        assert facts["licence"]
+        assert "CID22" in facts["dataset"]
+
+
+def test_digest_covers_every_tensor_of_a_scorer() -> None:
+    rank, judge = (metric.scorer("cpu") for metric in find_metrics(["rank", "rank_judge"]))
+    assert scorer_digest(rank) == scorer_digest(find_metrics(["rank"])[0].scorer("cpu"))
+    assert scorer_digest(rank) != scorer_digest(judge)
+    assert scorer_digest(lambda pictures: pictures.mean((1, 2, 3))) == ""
+    niqe = torch.nn.Module()
+    niqe.model = torch.ones(3)  # a plain attribute, as pyiqa keeps some parameters
+    before = scorer_digest(Enlarged(niqe, 1, "mirror"))
+    niqe.model[0] = 2.0
+    assert scorer_digest(Enlarged(niqe, 1, "mirror")) != before
+
+
+def test_mirroring_keeps_pixels_and_bicubic_keeps_the_shape() -> None:
+    picture = torch.rand(1, 3, 5, 7)
+    mirrored = enlarge(picture, 12, "mirror")
+    assert mirrored.shape == (1, 3, 12, 12)
+    torch.testing.assert_close(mirrored[..., :5, :7], picture)
+    torch.testing.assert_close(mirrored[..., 5:10, :7], picture.flip(2))
+    assert enlarge(picture, 10, "bicubic").shape == (1, 3, 10, 14)
+    assert enlarge(picture, 5, "mirror") is picture
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distortions_are_pure_seeded_and_grow_with_strength(kind: str) -> None:
+    picture = drawn_picture(0, 64)
+    kept = picture.copy()
+    errors = [
+        float(np.abs(distort(picture, kind, strength, 3).astype(float) - picture).mean())
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[2]
+    np.testing.assert_array_equal(picture, kept)
+    np.testing.assert_array_equal(distort(picture, kind, 0.5, 3), distort(picture, kind, 0.5, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BASIC)
+@pytest.mark.parametrize("name", ["rank", "rank_judge"])
+def test_rank_networks_order_severities_of_photographs_they_never_saw(name: str, kind: str) -> None:
+    scorer = find_metrics([name])[0].scorer("cpu")
+    orders = [_order(scorer, picture[:256, :256], kind) for picture in _photographs()]
+    assert np.mean(orders) >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["piqe", "niqe"])
+@pytest.mark.parametrize("kind", ["blur", "downsample"])
+def test_classic_metrics_order_loss_of_detail(name: str, kind: str) -> None:
+    metric = find_metrics([name])[0]
+    orders = [-_order(metric.scorer("cpu"), picture[:256, :256], kind) for picture in _photographs()]
+    assert np.mean(orders) >= 0.8

@@ -1,0 +1,218 @@
+"""Every sample gets a row from every metric, each metric commits alone, and labels are reproducible."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iqpir.errors import UsageError, VerificationError
+from iqpir.pixels import PixelPolicy
+from pipeline.corpus import Corpus
+from pipeline.layout import SCORES
+from pipeline.metrics import find_metrics
+from pipeline.score import ScoreConfig, score
+from pipeline.scoring import LoadedMetric, Picture, score_batch, score_samples
+from pipeline.shard import ShardConfig, shard
+from pipeline.units import SchedulingConfig
+from pipeline.verify import VerifyConfig, verify
+from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
+
+ALONE = SchedulingConfig(workers=0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return drawn_corpus(tmp_path_factory.mktemp("scored"))
+
+
+def _scores(corpus: Corpus, metric: str) -> pa.Table:
+    paths = [e.path for e in corpus.storage.list(f"scores/{metric}") if e.path.endswith(".parquet")]
+    return pa.concat_tables([pq.read_table(io.BytesIO(corpus.storage.read(path))) for path in paths])
+
+
+def _loaded(scorer: Callable[[Tensor], Tensor], batchable: bool = True) -> LoadedMetric:
+    metric = dataclasses.replace(find_metrics(["rank"])[0], batchable=batchable)
+    return LoadedMetric(metric, scorer, "cpu")
+
+
+def test_each_sample_has_one_row_and_better_pictures_score_higher(corpus: Corpus) -> None:
+    result = score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=ALONE))
+    table, samples = _scores(corpus, "rank"), corpus.samples(["key", "relpath", "sha256"])
+    assert result.samples == 16
+    assert result.metrics["rank"]["scored"] == 16
+    assert table.schema.equals(SCORES)
+    assert sorted(table["key"].to_pylist()) == sorted(samples["key"].to_pylist())
+    assert set(table["sample_sha256"].to_pylist()) == set(samples["sha256"].to_pylist())
+    raw = dict(zip(table["key"].to_pylist(), table["raw"].to_pylist(), strict=True))
+    by_level: dict[str, list[float]] = {}
+    for key, relpath in zip(samples["key"].to_pylist(), samples["relpath"].to_pylist(), strict=True):
+        by_level.setdefault(relpath.split("-")[1], []).append(raw[key])
+    means = [np.mean(by_level[name]) for name in sorted(by_level)]
+    assert means == sorted(means, reverse=True)
+
+
+def test_adding_a_metric_computes_only_that_one(corpus: Corpus) -> None:
+    score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=ALONE))
+    before = {entry.path: entry.etag for entry in corpus.storage.list() if "rank_judge" not in entry.path}
+    result = score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank", "rank_judge"], scheduling=ALONE))
+    assert result.metrics["rank"]["scored"] == 0
+    assert result.metrics["rank_judge"]["scored"] == 16
+    after = {entry.path: entry.etag for entry in corpus.storage.list() if "rank_judge" not in entry.path}
+    assert after == before
+    again = score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank", "rank_judge"], scheduling=ALONE))
+    assert again.skipped_units == len(corpus.manifest().units)
+
+
+def test_a_scored_corpus_verifies_and_a_cut_table_of_scores_does_not(tmp_path: Path) -> None:
+    corpus = drawn_corpus(tmp_path, count=1)
+    score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=ALONE))
+    verify(VerifyConfig(corpus=corpus.storage.url))
+    path = next(e.path for e in corpus.storage.list("scores/rank") if e.path.endswith(".parquet"))
+    file = Path(corpus.storage.url) / path
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(VerificationError):
+        verify(VerifyConfig(corpus=corpus.storage.url))
+
+
+def test_another_pixel_policy_is_another_edition(tmp_path: Path) -> None:
+    corpus = drawn_corpus(tmp_path, count=1)
+    editions = {
+        score(
+            ScoreConfig(
+                corpus=corpus.storage.url,
+                metrics=["rank"],
+                pixels=PixelPolicy(background=b),
+                scheduling=ALONE,
+            )
+        ).metrics["rank"]["fingerprint"]
+        for b in ((255, 255, 255), (0, 0, 0))
+    }
+    assert len(editions) == 2
+
+
+def test_a_sample_that_the_policy_refuses_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    corpus = drawn_corpus(tmp_path, count=1)
+    config = ScoreConfig(
+        corpus=corpus.storage.url, metrics=["rank"], pixels=PixelPolicy(max_pixels=100), scheduling=ALONE
+    )
+    found = score(config).metrics["rank"]
+    assert (found["scored"], found["failed"]) == (0, 4)
+    table = _scores(corpus, "rank")
+    assert table["raw"].null_count == 4
+    assert set(table["status"].to_pylist()) == {"failed_decode"}
+    assert set(table["error_code"].to_pylist()) == {"too_many_pixels"}
+
+
+def test_missing_weights_and_unknown_metrics_stop_before_any_work(corpus: Corpus) -> None:
+    before = {entry.path for entry in corpus.storage.list()}
+    with pytest.raises(UsageError, match="rank"):
+        score(ScoreConfig(corpus=corpus.storage.url, metrics=["rnk"], scheduling=ALONE))
+    assert {entry.path for entry in corpus.storage.list()} == before
+
+
+def test_out_of_memory_halves_the_batch_and_then_fails_one_sample() -> None:
+    sizes: list[int] = []
+
+    def hungry(pictures: Tensor) -> Tensor:
+        sizes.append(len(pictures))
+        if len(pictures) > 2 or bool((pictures == 0).all((1, 2, 3)).any()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pictures.mean((1, 2, 3))
+
+    pictures: list[Picture] = [np.full((8, 8, 3), value, np.uint8) for value in (0, 51, 102, 153, 204)]
+    found = score_batch(_loaded(hungry), pictures)
+    assert sizes[0] == 5
+    assert found[0].status == "failed_out_of_memory"
+    assert [scored.raw for scored in found[1:]] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_score_that_is_not_finite_or_raises_fails_only_its_sample() -> None:
+    def fragile(pictures: Tensor) -> Tensor:
+        means = pictures.mean((1, 2, 3))
+        if bool((means == 1).any()):
+            raise RuntimeError("the algorithm failed to converge")
+        return torch.where(means == 0, torch.nan, means)
+
+    pictures: list[Picture] = [np.full((8, 8, 3), value, np.uint8) for value in (0, 51, 255)]
+    found = score_batch(_loaded(fragile), pictures)
+    assert [scored.status for scored in found] == ["failed_bad_score", "success", "failed_metric"]
+    assert [scored.raw for scored in found] == [None, pytest.approx(0.2), None]
+
+
+def test_metrics_whose_score_depends_on_the_batch_see_one_picture_at_a_time() -> None:
+    def relative(pictures: Tensor) -> Tensor:
+        return pictures.mean((1, 2, 3)) - pictures.mean()
+
+    pictures: list[Picture] = [np.full((8, 8, 3), value, np.uint8) for value in (0, 255)]
+    assert [scored.raw for scored in score_batch(_loaded(relative, batchable=False), pictures)] == [0.0, 0.0]
+
+
+def test_batches_hold_equal_sizes_and_bounded_pixels(tmp_path: Path) -> None:
+    source = tmp_path / "corpus"
+    corpus = drawn_corpus(source, count=3, unit_samples=100)
+    shapes: list[tuple[int, ...]] = []
+
+    def watching(pictures: Tensor) -> Tensor:
+        shapes.append(tuple(pictures.shape))
+        return pictures.mean((1, 2, 3))
+
+    rows = corpus.samples().to_pylist()
+    found = score_samples(corpus, rows, [_loaded(watching)], PixelPolicy(), batch_pixels=5 * 48 * 48)
+    assert len(found["rank"]) == 12
+    assert max(shape[0] for shape in shapes) == 5
+    assert len(shapes) == 3
+
+
+def test_changed_bytes_in_a_shard_are_never_scored(tmp_path: Path) -> None:
+    corpus = drawn_corpus(tmp_path, count=1)
+    row = corpus.samples().to_pylist()[0]
+    file = Path(corpus.storage.url) / row["shard"]
+    data = bytearray(file.read_bytes())
+    data[row["byte_offset"] + 40] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(VerificationError):
+        score_samples(corpus, [row], [_loaded(lambda x: x.mean((1, 2, 3)))], PixelPolicy(), 1 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["piqe", "niqe", "rank"])
+def test_a_score_is_the_same_alone_and_in_any_batch(name: str) -> None:
+    scorer = find_metrics([name])[0].scorer("cpu")
+    pictures = torch.stack(
+        [torch.from_numpy(drawn_picture(seed, 112)).permute(2, 0, 1).float() / 255 for seed in range(10)]
+    )
+    with torch.inference_mode():
+        alone = torch.cat([scorer(picture[None]) for picture in pictures])
+        for size in (2, 5, 10):
+            together = torch.cat([scorer(batch) for batch in pictures.split(size)])
+            torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_workers_on_ray_and_this_process_give_the_same_scores(tmp_path: Path, local_ray: None) -> None:
+    tables = []
+    for name, workers in (("here", 0), ("ray", 2)):
+        corpus = drawn_corpus(tmp_path / name, count=2, unit_samples=4)
+        scheduling = SchedulingConfig(workers=workers)
+        score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=scheduling))
+        tables.append(_scores(corpus, "rank").drop_columns(["seconds"]).sort_by("key"))
+    assert tables[0]["key"].equals(tables[1]["key"])
+    np.testing.assert_allclose(tables[0]["raw"].to_numpy(), tables[1]["raw"].to_numpy(), atol=1e-5)
+
+
+def test_pictures_of_many_sizes_share_a_pass(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, side in enumerate((32, 40, 32, 64, 40)):
+        Image.fromarray(drawn_picture(number, side)).save(folder / f"{number}.png")
+    shard(ShardConfig(input=str(folder), corpus=str(tmp_path / "corpus"), workers=0))
+    result = score(ScoreConfig(corpus=str(tmp_path / "corpus"), metrics=["rank"], scheduling=ALONE))
+    assert result.metrics["rank"]["scored"] == 5
