@@ -1,0 +1,133 @@
+"""Ray as a scheduler: connect or start it, and run a bounded number of tasks at a time."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from iqpir.errors import UsageError
+
+T = TypeVar("T")
+
+KNOCK_SECONDS = 10.0
+SYSTEM_RETRIES = 3
+"""How often a task is started again after its worker or node died."""
+
+
+def ensure_ray(num_cpus: int | None = None) -> None:
+    """Connect to the cluster this process belongs to, or start a local one.
+
+    Does nothing where Ray is initialised. A job that ``ray job submit`` started, and any process with
+    ``RAY_ADDRESS``, connects (no runtime environment is passed: the job has one).
+
+    Args:
+        num_cpus: CPUs of a cluster that has to be started; all of this machine by default.
+
+    Raises:
+        UsageError: ``RAY_ADDRESS`` does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or None
+    options: dict[str, Any] = {"ignore_reinit_error": True, "log_to_driver": False}
+    if address is None:
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+        return
+    try:
+        _knock(address)
+        ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"No Ray cluster answers at RAY_ADDRESS={address}: {error}.",
+            "Give host:port of the head (not the http:// address that ray job submit takes), or unset it.",
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Open a connection to ``address``: Ray itself waits for a dead head for many minutes.
+
+    Raises:
+        ValueError: ``address`` is a web address.
+        OSError: nothing listens there.
+    """
+    if address.startswith(("http://", "https://")):
+        raise ValueError("a web address is for ray job submit only")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+
+
+def run_on_ray(
+    tasks: Iterable[T],
+    work: Callable[[T], Any],
+    *,
+    window: int,
+    options: dict[str, Any],
+    stop: Callable[[], bool],
+    grace: float,
+) -> Iterator[tuple[T, Any, RayError | None]]:
+    """Run ``work`` on each task on the cluster, at most ``window`` at a time.
+
+    Args:
+        tasks: small descriptors; consumed as the window moves.
+        work: picklable; its results must be small, they travel to this process.
+        window: tasks handed to Ray at a time; 0: as many as the cluster has CPUs for.
+        options: for Ray, such as ``num_cpus`` and ``num_gpus`` of one task.
+        stop: asked before each new task; True hands out no more.
+        grace: seconds that running tasks have to end after a stop.
+
+    Yields:
+        task, result and None; or task, None and the error of Ray (a worker or node died too often).
+
+    Raises:
+        Exception: what ``work`` raised: errors that are values must be values already.
+    """
+    remote: Any = ray.remote(_call).options(max_retries=SYSTEM_RETRIES, **options)
+    shared = ray.put(work)
+    width = window or _slots(options)
+    waiting: dict[Any, T] = {}
+    source, deadline = iter(tasks), None
+    while True:
+        while len(waiting) < width and not stop():
+            try:
+                task = next(source)
+            except StopIteration:
+                break
+            waiting[remote.remote(shared, task)] = task
+        if not waiting:
+            return
+        if stop():
+            deadline = deadline or time.monotonic() + grace
+            if time.monotonic() > deadline:
+                for reference in waiting:
+                    ray.cancel(reference, force=True)
+                return
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+        for reference in ready:
+            yield _result(reference, waiting.pop(reference))
+
+
+def _slots(options: dict[str, Any]) -> int:
+    """How many tasks the cluster can run at a time, and two to have at hand."""
+    resources: dict[str, float] = ray.cluster_resources()
+    slots = [resources.get("CPU", 1.0) / max(options.get("num_cpus", 1.0), 0.1)]
+    if options.get("num_gpus"):
+        slots.append(resources.get("GPU", 0.0) / options["num_gpus"])
+    return int(min(slots)) + 2
+
+
+def _call(work: Callable[[T], Any], task: T) -> Any:
+    return work(task)
+
+
+def _result(reference: Any, task: T) -> tuple[T, Any, RayError | None]:
+    try:
+        return task, ray.get(reference), None
+    except RayTaskError:
+        raise
+    except RayError as error:
+        return task, None, error

@@ -1,0 +1,155 @@
+"""The verb ``shard``: a folder or prefix of pictures becomes a sealed corpus."""
+
+import dataclasses
+import itertools
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from iqpir.config import digest
+from iqpir.errors import UsageError
+from iqpir.pixels import PixelPolicy
+from pipeline.crops import CropPolicy
+from pipeline.plan import Generation, extend_plan, list_inputs
+from pipeline.records import Finished, finished
+from pipeline.seal import COUNTS, seal
+from pipeline.shard_unit import ShardWork
+from pipeline.storage import Storage
+from pipeline.units import SchedulingConfig, run_units
+
+STEP = "shard"
+FORMAT_VERSION = 1
+"""Part of every unit's id: raised when the same inputs and settings shall give other bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """From pictures to the shards of a corpus."""
+
+    input: str
+    """Folder or URL prefix of the pictures; subfolders count."""
+    corpus: str
+    """Folder or URL of the corpus; made, resumed, or extended by inputs that are new or changed."""
+    collection: str = "images"
+    """Name of these inputs within the corpus: part of every key and of the shards' names."""
+    crop: CropPolicy = field(default_factory=CropPolicy)
+    """How pictures are cut; by default they are kept whole, byte for byte."""
+    pixels: PixelPolicy = field(default_factory=PixelPolicy)
+    """What counts as a picture."""
+    min_side: int = 32
+    """Pictures with a shorter side, in pixels, are rejected."""
+    unit_bytes: int = 512 * 2**20
+    """A unit, hence a shard, ends before its inputs exceed this many bytes."""
+    unit_samples: int = 10_000
+    """A unit has at most this many inputs."""
+    threads: int = 4
+    """Inputs of a unit that are read and decoded at a time."""
+    workers: int = 1
+    """Units worked on at a time. 1: in this process, or on all of the cluster that RAY_ADDRESS names;
+    0: in this process even then; more: that many on Ray, which is started here unless RAY_ADDRESS is set."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", self.collection):
+            raise UsageError(
+                f"collection {self.collection!r} is no name for shards.", "Use a-z, 0-9, _ and -, at most 64."
+            )
+        for name in ("min_side", "unit_bytes", "unit_samples", "threads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} is not positive.")
+        if self.workers < 0:
+            raise UsageError(f"workers {self.workers} is negative.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the inputs that decides the bytes of a corpus."""
+        pixels = json.loads(json.dumps(dataclasses.asdict(self.pixels)))
+        return {
+            "format_version": FORMAT_VERSION,
+            "crop": dataclasses.asdict(self.crop),
+            "pixels": {**pixels, "digest": self.pixels.digest()},
+            "min_side": self.min_side,
+            "unit_bytes": self.unit_bytes,
+            "unit_samples": self.unit_samples,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """What the corpus holds now; ``inputs = success + rejected + failed``."""
+
+    corpus: str
+    inputs: int
+    success: int
+    rejected: int
+    failed: int
+    samples: int
+    statuses: dict[str, int]
+    """Inputs by status."""
+    ignored: int
+    """Files below the input without a picture's extension."""
+    units: int
+    skipped_units: int
+    """Units that were done before."""
+    version: int
+    manifest: str
+    """sha256 of the sealed manifest."""
+    seconds: float
+
+
+def shard(config: ShardConfig) -> ShardResult:
+    """Cut a folder or bucket of pictures into the shards of a corpus.
+
+    Every input ends in exactly one shard member (or in crops), or in one row that says why not. Stop it,
+    lose workers, run it again: the same command goes on, and the result is the same bytes.
+
+    Raises:
+        UsageError: nothing to read, nowhere to write, a corpus of another configuration: nothing is written.
+        IncompleteError: units are left.
+        PermanentError: no input gave a sample, or a unit cannot succeed.
+    """
+    began = time.monotonic()
+    listing = list_inputs(config.input)
+    storage = Storage.open(config.corpus)
+    generations = extend_plan(storage, listing, config.collection, config.settings)
+    fingerprint = digest(config.settings)
+    known = finished(storage, STEP, fingerprint)
+    work = ShardWork(
+        corpus=storage,
+        crop=config.crop,
+        pixels=config.pixels,
+        min_side=config.min_side,
+        threads=config.threads,
+    )
+    total = sum(item.facts["units"] for item in generations)
+    left = itertools.chain.from_iterable(item.units(skip=known) for item in generations)
+    report = run_units(
+        storage,
+        STEP,
+        fingerprint,
+        left,
+        work,
+        total=total - _count_done(generations, known),
+        scheduling=SchedulingConfig(workers=config.workers),
+        known=known,
+    )
+    report.require_complete(STEP)
+    manifest = seal(storage, generations, finished(storage, STEP, fingerprint) if report.done else known)
+    facts = manifest.facts
+    return ShardResult(
+        corpus=storage.url,
+        **{name: int(facts[name]) for name in COUNTS},
+        statuses=dict(facts["statuses"]),
+        ignored=listing.ignored,
+        units=total,
+        skipped_units=total - report.done,
+        version=manifest.version,
+        manifest=manifest.digest,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _count_done(generations: Sequence[Generation], known: Finished) -> int:
+    return sum(unit_id in known for item in generations for unit_id in item.unit_ids())

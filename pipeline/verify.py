@@ -1,0 +1,180 @@
+"""The verb ``verify``: prove that a sealed corpus is what its manifest, plan and records say."""
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from iqpir.errors import IncompleteError, VerificationError
+from pipeline import layout
+from pipeline.checks import document_lies, manifest_lies, plan_lies, record_lies, reference_lies
+from pipeline.corpus import Corpus
+from pipeline.manifest import Manifest, ManifestUnit
+from pipeline.plan import Generation, read_generations
+from pipeline.prove import Claim, Proof, Prover, relpaths_digest
+from pipeline.references import Reference, orphans, read_documents, references
+from pipeline.units import SchedulingConfig, schedule
+
+log = logging.getLogger(__name__)
+
+LOGGED_LIES = 50
+SIDECARS = ("scores/", "codes/", "labels/")
+_ORDINAL = re.compile(r"/(\d{6,})-[0-9a-f]{12}\.parquet$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What is proved, and how thoroughly."""
+
+    corpus: str
+    """Folder or URL of the corpus."""
+    deep: bool = True
+    """Read and hash every object; else documents, sizes and counts are compared, and no payload is read."""
+    workers: int = 1
+    """Units worked on at a time; as in jobs/shard.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """What was proved. There is no result for a corpus with a lie: that is an error."""
+
+    corpus: str
+    version: int
+    manifest: str
+    deep: bool
+    units: int
+    inputs: int
+    samples: int
+    objects: int
+    """Objects that a document names."""
+    bytes: int
+    pending_units: int
+    """Units planned after the last seal; no lie."""
+    orphans: int
+    """Objects that nothing names: left by crashed attempts, no lie; ``jobs/gc.py`` removes them."""
+    orphan_bytes: int
+    seconds: float
+
+
+def verify(config: VerifyConfig) -> VerifyResult:
+    """Prove that a corpus is what its records say; exit code 4 if it is not.
+
+    Checks the manifest against ``_SUCCESS``, plan and totals; each object's size and sha256; each tar's
+    members, offsets and contents against its rows; that no key occurs twice; that scores, codes and labels
+    have a row for every sample; and the digests of views.
+
+    Raises:
+        UsageError: nothing is sealed there.
+        VerificationError: names the first lie and how many there are.
+        IncompleteError: no lie so far, and the storage failed or the run was stopped.
+    """
+    began = time.monotonic()
+    corpus = Corpus(config.corpus)
+    storage, manifest = corpus.storage, corpus.manifest()
+    generations, entries = read_generations(storage), storage.list()
+    documents = read_documents(storage, entries)
+    named = references(storage, entries, documents)
+    lies = [
+        *plan_lies(generations),
+        *manifest_lies(manifest, generations),
+        *record_lies(documents, manifest),
+        *document_lies(storage, documents, manifest, {entry.path for entry in entries}),
+        *reference_lies(named, entries),
+    ]
+    failure = ""
+    if config.deep:
+        broken = {lie.partition(":")[0] for lie in lies}
+        claims = _claims(manifest, generations, named, broken)
+        proofs, failure = _prove(Prover(storage), claims, config.workers)
+        lies += _deep_lies(proofs, manifest)
+    if lies:
+        for lie in lies[:LOGGED_LIES]:
+            log.error("%s", lie)
+        raise VerificationError(
+            f"{storage.url} is not what its records say: {lies[0]} ({len(lies)} such findings).",
+            "Restore the object, or remove its unit's commit record and run the job again.",
+        )
+    if failure:
+        raise IncompleteError(f"{storage.url} could not be read to its end ({failure}).", "Run again.")
+    unnamed = orphans(entries, named)
+    sizes = {item.ref.path: item.ref.bytes for item in named}
+    return VerifyResult(
+        corpus=storage.url,
+        version=manifest.version,
+        manifest=manifest.digest,
+        deep=config.deep,
+        units=len(manifest.units),
+        inputs=int(manifest.facts["inputs"]),
+        samples=manifest.samples,
+        objects=len(sizes),
+        bytes=sum(sizes.values()),
+        pending_units=sum(item.facts["units"] for item in generations) - len(manifest.units),
+        orphans=len(unnamed),
+        orphan_bytes=sum(entry.size for entry in unnamed),
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _claims(
+    manifest: Manifest,
+    generations: Sequence[Generation],
+    named: Sequence[Reference],
+    broken: set[str],
+) -> list[Claim]:
+    """What the workers have to prove; objects that are known to be broken are left out."""
+    planned = {
+        unit.unit_id: relpaths_digest([entry.relpath for entry in unit.inputs])
+        for item in generations
+        for unit in item.units()
+    }
+    claims = [
+        Claim(unit, planned.get(unit.unit_id, ""))
+        for unit in manifest.units
+        if not {ref.path for ref in unit.objects} & broken
+    ]
+    units = {unit.ordinal: unit for unit in manifest.units}
+    sidecars = {item.ref.path: item.ref for item in named if item.ref.path.startswith(SIDECARS)}
+    for path, ref in sorted(sidecars.items()):
+        if _ordinal(path) in units and path not in broken:
+            claims.append(Claim(units[_ordinal(path)], sidecar=ref))
+    return claims
+
+
+def _ordinal(path: str) -> int:
+    match = _ORDINAL.search(path)
+    return int(match[1]) if match else -1
+
+
+def _prove(prover: Prover, claims: Sequence[Claim], workers: int) -> tuple[list[tuple[Claim, Proof]], str]:
+    """Proofs in the order of the claims, and why some could not be had (empty if all are there)."""
+    proofs: dict[Claim, Proof] = {}
+    failure = ""
+    for claim, outcome in schedule(claims, prover, len(claims), "verify", SchedulingConfig(workers=workers)):
+        if outcome.value is not None:
+            proofs[claim] = outcome.value
+        else:
+            failure = failure or f"{_name(claim)}: {outcome.error}"
+    if len(proofs) < len(claims) and not failure:
+        failure = "interrupted"
+    return [(claim, proofs[claim]) for claim in claims if claim in proofs], failure
+
+
+def _deep_lies(proofs: Sequence[tuple[Claim, Proof]], manifest: Manifest) -> Iterator[str]:
+    keys: set[str] = set()
+    samples = 0
+    for claim, proof in proofs:
+        yield from proof.lies
+        samples += len(proof.keys)
+        doubled = keys.intersection(proof.keys)
+        if doubled:
+            yield f"{_name(claim)}: has {len(doubled)} keys of other units, such as {min(doubled)}"
+        keys.update(proof.keys)
+    units = sum(claim.sidecar is None for claim, _ in proofs)
+    if units == len(manifest.units) and samples != manifest.samples:
+        yield f"{layout.SUCCESS}: {manifest.samples} samples are sealed, {samples} are there"
+
+
+def _name(claim: Claim) -> str:
+    unit: ManifestUnit = claim.unit
+    return claim.sidecar.path if claim.sidecar is not None else unit.table
