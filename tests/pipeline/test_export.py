@@ -1,0 +1,290 @@
+"""An export holds the view's samples, says so in a record written last, and never hangs."""
+
+import io
+import json
+import os
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from iqpir.errors import PermanentError, UsageError, VerificationError
+from iqpir.pixels import PixelPolicy
+from pipeline.beton import BetonPlan, page_size_for, write_beton
+from pipeline.export import ExportConfig, export
+from pipeline.layout import sha256_hex
+
+
+def has_ffcv() -> bool:
+    try:
+        import ffcv  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+needs_ffcv = pytest.mark.skipif(
+    not has_ffcv(), reason="ffcv (extra `export`, needs Debian's libopencv-dev) is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def made(labelled_corpus: Any) -> Any:
+    return labelled_corpus(sides=(32,) * 9 + (48, 64, 40), held_back=3)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_files_are_the_original_bytes_with_their_labels(made: Any, tmp_path: Path) -> None:
+    result = export(
+        ExportConfig(corpus=made.url, view="small", format="files", split="all", output=str(tmp_path / "out"))
+    )
+    labels = pq.read_table(tmp_path / "out" / "labels.parquet").to_pylist()
+    rows = {row["key"]: row for row in made.view.table.to_pylist()}
+    assert result.count == len(labels) == len(rows) == 12
+    for label in labels:
+        row = rows[label["key"]]
+        data = (tmp_path / "out" / label["member"]).read_bytes()
+        assert sha256_hex(data) == row["sha256"]
+        assert label["quality"] == row["quality"]
+        assert label["split"] == row["split"]
+
+
+def test_sized_files_are_square_pngs(made: Any, tmp_path: Path) -> None:
+    export(
+        ExportConfig(
+            corpus=made.url, view="small", format="files", size=24, fit="crop", output=str(tmp_path / "out")
+        )
+    )
+    pictures = sorted((tmp_path / "out" / "pictures").iterdir())
+    assert len(pictures) == 9
+    assert {Image.open(path).size for path in pictures} == {(24, 24)}
+
+
+def test_tars_are_read_by_webdataset_and_are_the_same_bytes_each_time(made: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        result = export(
+            ExportConfig(
+                corpus=made.url,
+                view="small",
+                format="tar",
+                split="all",
+                shard_bytes=12_000,
+                output=str(tmp_path / name),
+            )
+        )
+        assert result.written
+    one, two = files_below(tmp_path / "one"), files_below(tmp_path / "two")
+    assert one == two
+    tars = sorted(str(path) for path in (tmp_path / "one").glob("*.tar"))
+    assert [Path(path).name for path in tars[:2]] == ["small-000000.tar", "small-000001.tar"]
+    rows = {row["key"]: row for row in made.view.table.to_pylist()}
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == list(rows)
+    for sample in samples:
+        row = rows[sample["__key__"]]
+        assert sha256_hex(sample["png"]) == row["sha256"]
+        label = json.loads(sample["json"])
+        assert label["quality"] == pytest.approx(row["quality"])
+        assert "byte_offset" not in label
+
+
+def test_the_record_lists_every_file_with_its_sha256(made: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(ExportConfig(corpus=made.url, view="small", format="tar", output=str(out)))
+    record = json.loads((out / "export.json").read_text())
+    assert record["view_digest"] == made.view.digest
+    listed = {item["path"]: item["sha256"] for item in record["objects"]}
+    found = {name: sha256_hex(data) for name, data in files_below(out).items()}
+    assert {name: digest for name, digest in found.items() if not name.endswith("export.json")} == listed
+
+
+def test_the_same_command_again_finds_it_done_and_another_is_refused(made: Any, tmp_path: Path) -> None:
+    config = ExportConfig(corpus=made.url, view="small", format="files", output=str(tmp_path / "out"))
+    first = export(config)
+    again = export(config)
+    assert first.written
+    assert not again.written
+    assert (again.sha256, again.bytes) == (first.sha256, first.bytes)
+    with pytest.raises(UsageError, match="split"):
+        export(
+            ExportConfig(
+                corpus=made.url, view="small", format="files", split="val", output=str(tmp_path / "out")
+            )
+        )
+    (tmp_path / "out" / "labels.parquet").write_bytes(b"short")
+    with pytest.raises(VerificationError, match=r"labels\.parquet"):
+        export(config)
+
+
+def test_an_interrupted_export_is_finished_by_the_same_command(made: Any, tmp_path: Path) -> None:
+    config = ExportConfig(corpus=made.url, view="small", format="tar", output=str(tmp_path / "out"))
+    export(config)
+    whole = files_below(tmp_path / "out")
+    (tmp_path / "out" / "export.json").unlink()
+    (tmp_path / "out" / "small-000000.tar").unlink()
+    assert export(config).written
+    assert files_below(tmp_path / "out") == whole
+
+
+def test_a_damaged_sample_is_not_exported(labelled_corpus: Any, tmp_path: Path) -> None:
+    damaged = labelled_corpus(sides=(32, 32, 32), held_back=1)
+    row = damaged.view.split("train").to_pylist()[0]
+    shard = Path(damaged.url) / row["shard"]
+    data = bytearray(shard.read_bytes())
+    data[row["byte_offset"] + 40] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError):
+        export(ExportConfig(corpus=damaged.url, view="small", format="tar", output=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": "ffcv", "output": "out.ffcv", "size": 32}, "beton"),
+        ({"format": "ffcv", "output": "out.beton"}, "size"),
+        ({"format": "tar", "mode": "jpg"}, "ffcv"),
+        ({"format": "files", "jpeg_quality": 0}, "jpeg_quality"),
+    ],
+)
+def test_wrong_configurations_say_what_to_do(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportConfig(**{"corpus": "c", "view": "v", "output": "out", **changed})
+
+
+def test_pictures_that_do_not_fit_are_named_before_anything_is_written(made: Any, tmp_path: Path) -> None:
+    for fit, count in (("exact", 9), ("crop", 9)):
+        with pytest.raises(UsageError, match=f"{count if fit == 'exact' else ''}.* do not fit 40x40"):
+            export(
+                ExportConfig(
+                    corpus=made.url,
+                    view="small",
+                    format="files",
+                    size=40,
+                    fit=fit,  # type: ignore[arg-type]
+                    output=str(tmp_path / "out"),
+                )
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_pages_hold_the_largest_sample_and_are_powers_of_two() -> None:
+    for largest in (1, 3 * 32**2, 3 * 512**2, 3 * 2048**2, 3 * 16384**2):
+        page = page_size_for(largest)
+        assert page >= largest
+        assert page & (page - 1) == 0
+        assert 1 << 21 <= page < 1 << 32
+    with pytest.raises(UsageError):
+        page_size_for(1 << 32)
+
+
+def beton_plan(made: Any, tmp_path: Path, rows: Any, **changed: Any) -> BetonPlan:
+    table = tmp_path / "rows.parquet"
+    pq.write_table(rows.select(["shard", "byte_offset", "byte_size", "quality"]), table)
+    values = {
+        "corpus": made.url,
+        "rows": str(table),
+        "target": str(tmp_path / "out.beton"),
+        "image_size": 32,
+        "fit": "exact",
+        "mode": "raw",
+        "jpeg_quality": 90,
+        "page_size": 1 << 21,
+        "workers": 1,
+        "cache": "",
+        "pixels": {"max_pixels": PixelPolicy().max_pixels},
+    }
+    return BetonPlan(**{**values, **changed})
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+def is_freed(before: set[str]) -> bool:
+    """Python's resource tracker frees shared memory soon after the last process that used it has ended."""
+    for _ in range(100):
+        if shared_memory() <= before:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@needs_ffcv
+@pytest.mark.slow
+def test_a_sample_larger_than_a_page_fails_where_ffcv_alone_hangs(
+    labelled_corpus: Any, tmp_path: Path
+) -> None:
+    large = labelled_corpus(sides=(1000, 32), held_back=1)
+    rows = large.view.table.slice(0, 2)
+    before = shared_memory()
+    began = time.monotonic()
+    with pytest.raises(PermanentError, match="page size is 2097152"):
+        write_beton(beton_plan(large, tmp_path, rows, image_size=1000, fit="resize"), stall_s=100)
+    assert time.monotonic() - began < 90
+    assert is_freed(before)
+
+
+@needs_ffcv
+@pytest.mark.slow
+def test_a_writer_that_hangs_is_stopped(labelled_corpus: Any, tmp_path: Path) -> None:
+    made = labelled_corpus(sides=(32, 32, 32), held_back=1)
+    rows = made.view.split("train")
+    shard = Path(made.url) / rows["shard"][0].as_py()
+    shard.unlink()
+    os.mkfifo(shard)  # opening it waits for a writer that never comes
+    before = shared_memory()
+    with pytest.raises(PermanentError, match="no new sample for 25 s"):
+        write_beton(beton_plan(made, tmp_path, rows), stall_s=25)
+    assert is_freed(before)
+
+
+@needs_ffcv
+@pytest.mark.slow
+def test_betons_are_complete_or_absent(labelled_corpus: Any, tmp_path: Path) -> None:
+    made = labelled_corpus(sides=(32,) * 5, held_back=2)
+    path = tmp_path / "new" / "train.beton"
+    config = ExportConfig(corpus=made.url, view="small", output=str(path), size=32, workers=2)
+    first = export(config)
+    assert first.written
+    assert sorted(item.name for item in path.parent.iterdir()) == ["train.beton", "train.beton.json"]
+    facts = json.loads(path.with_name("train.beton.json").read_text())
+    assert facts["sha256"] == first.sha256 == sha256_hex(path.read_bytes())
+    assert (facts["count"], facts["view_digest"]) == (3, made.view.digest)
+    assert not export(config).written
+    shard = Path(made.url) / made.view.split("train")["shard"][0].as_py()
+    shard.chmod(0o644)
+    shard.write_bytes(bytes(shard.stat().st_size))
+    path.write_bytes(path.read_bytes()[:-1])  # so that the earlier export does not count
+    with pytest.raises(PermanentError):
+        export(config)
+    assert sorted(item.name for item in path.parent.iterdir()) == ["train.beton", "train.beton.json"]
+
+
+@needs_ffcv
+@pytest.mark.slow
+def test_ffcv_itself_reads_what_was_exported(labelled_corpus: Any, tmp_path: Path) -> None:
+    made = labelled_corpus(sides=(32,) * 5, held_back=2)
+    path = tmp_path / "train.beton"
+    export(ExportConfig(corpus=made.url, view="small", output=str(path), size=32, workers=1))
+    from pipeline.beton_reader import load_pictures
+
+    rows = made.view.split("train").to_pylist()
+    for row, picture in zip(rows, load_pictures(path, [0, 1, 2]), strict=True):
+        with tarfile.open(Path(made.url) / row["shard"]) as tar:
+            member = tar.extractfile(row["member"])
+            assert member is not None
+            original = np.asarray(Image.open(io.BytesIO(member.read())).convert("RGB"))
+        assert np.array_equal(picture, original)
