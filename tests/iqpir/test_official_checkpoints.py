@@ -35,9 +35,7 @@ def save(path: Path, content: object) -> Path:
         dataclasses.replace(TINY, quality_bins=(20, 10, 20)),
         dataclasses.replace(TINY, conditioning="none", fusion="attention"),
         dataclasses.replace(TINY, codebooks="single", alpha=0.0, conditioning="none", connect_sizes=()),
-        dataclasses.replace(
-            TINY, attention_sizes=(16, 8), res_blocks=2, transformer_layers=1, connect_sizes=(16, 8)
-        ),
+        dataclasses.replace(TINY, attention_sizes=(16, 8), res_blocks=2, transformer_layers=1, connect_sizes=(16, 8)),
         dataclasses.replace(TINY, attention_sizes=()),
     ],
     ids=["tiny32", "tiny64", "several-scores", "attention", "single", "more-attention", "no-attention"],
@@ -69,9 +67,7 @@ def test_averaged_weights_come_before_raw_ones(tmp_path: Path) -> None:
 
 
 def test_the_prefix_of_parallel_training_is_dropped(tmp_path: Path) -> None:
-    path = save(
-        tmp_path / "net.pth", {"params": {f"module.{key}": value for key, value in state_of().items()}}
-    )
+    path = save(tmp_path / "net.pth", {"params": {f"module.{key}": value for key, value in state_of().items()}})
     found, state = load_official(path, transformer_heads=4)
     assert found == TINY
     assert list(state) == list(state_of())
@@ -141,9 +137,7 @@ class Code:
         return (print, ("ran",))
 
 
-def test_unreadable_files_are_refused_and_no_code_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_are_refused_and_no_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "noise.pth").write_bytes(b"\x00not a checkpoint")
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 40)
     (tmp_path / "empty.pth").write_bytes(b"")

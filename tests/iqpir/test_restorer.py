@@ -199,15 +199,11 @@ def test_a_directory_without_a_model_is_a_usage_error(network: RestorationNetwor
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_damaged_weights_are_a_verification_error(
-    damage: str, network: RestorationNetwork, tmp_path: Path
-) -> None:
+def test_damaged_weights_are_a_verification_error(damage: str, network: RestorationNetwork, tmp_path: Path) -> None:
     save_model(network, tmp_path, {})
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
-    weights.write_bytes(
-        {"cut": data[: len(data) // 2], "text": b"version https://git-lfs", "empty": b""}[damage]
-    )
+    weights.write_bytes({"cut": data[: len(data) // 2], "text": b"version https://git-lfs", "empty": b""}[damage])
     with pytest.raises(VerificationError, match=r"model\.safetensors"):
         Restorer.load(tmp_path)
 

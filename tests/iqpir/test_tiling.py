@@ -36,9 +36,7 @@ def test_tiles_cover_every_pixel_and_share_the_overlap(length: int, tile: int, d
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (8, 2), (8, 4), (8, 7), (32, 4)])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 50), (8, 8), (9, 8), (33, 70), (64, 31)])
-def test_tiles_that_are_left_alone_blend_to_the_picture(
-    height: int, width: int, tile: int, overlap: int
-) -> None:
+def test_tiles_that_are_left_alone_blend_to_the_picture(height: int, width: int, tile: int, overlap: int) -> None:
     picture = torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
     assert torch.allclose(through_identity(picture, tile, overlap), picture, atol=1e-6)
 

@@ -58,9 +58,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     [("tiny32", 32, 48), ("tiny64", 64, 24), ("faces", 64, 24), ("fidelity", 128, 8), ("faces", 512, 3)],
 )
 def test_both_implementations_give_the_same_picture(name: str, size: int, count: int) -> None:
-    config = dataclasses.replace(
-        scaled(PRESETS[name], size), colour_shift_probability=0.3, gray_probability=0.2
-    )
+    config = dataclasses.replace(scaled(PRESETS[name], size), colour_shift_probability=0.3, gray_probability=0.2)
     pictures = [scene(size, seed) for seed in range(count)]
     parameters = [sample_parameters(config, 5, 0, index) for index in range(count)]
     expected = np.stack([degrade(*pair) for pair in zip(pictures, parameters, strict=True)])
@@ -84,9 +82,7 @@ def test_both_agree_on_pictures_that_are_not_square() -> None:
 def test_both_agree_on_pictures_below_the_kernel(size: tuple[int, int]) -> None:
     picture = scene(9, 2)[: size[0], : size[1]]
     parameters = dataclasses.replace(MILD, kernel_size=13, sigma_x=3.0, downsample=1.0)
-    difference = as_levels(degrade_batch(as_tensor([picture]), [parameters]))[0] - degrade(
-        picture, parameters
-    )
+    difference = as_levels(degrade_batch(as_tensor([picture]), [parameters]))[0] - degrade(picture, parameters)
     assert np.abs(difference).mean() < 1
 
 
@@ -120,9 +116,7 @@ def test_the_separable_terms_sum_to_the_kernel_within_the_tolerance() -> None:
 
 
 def test_kernels_sum_to_one_and_lie_along_their_angle() -> None:
-    parameters = dataclasses.replace(
-        MILD, kernel="aniso", kernel_size=41, sigma_x=6.0, sigma_y=1.0, rotation=np.pi / 4
-    )
+    parameters = dataclasses.replace(MILD, kernel="aniso", kernel_size=41, sigma_x=6.0, sigma_y=1.0, rotation=np.pi / 4)
     kernel = blur_kernel(parameters)
     assert kernel.shape == (41, 41)
     assert abs(kernel.sum() - 1) < 1e-12
@@ -168,9 +162,7 @@ def test_gray_takes_the_colours_and_a_shift_moves_each_channel() -> None:
     assert moved[5, 5].tolist() == [138, 128, 108]
 
 
-@pytest.mark.parametrize(
-    "worse", [{"sigma_x": 2.5}, {"downsample": 4.0}, {"noise": 20.0}, {"jpeg": 10}], ids=str
-)
+@pytest.mark.parametrize("worse", [{"sigma_x": 2.5}, {"downsample": 4.0}, {"noise": 20.0}, {"jpeg": 10}], ids=str)
 def test_each_part_of_the_chain_makes_the_picture_worse(worse: dict[str, float]) -> None:
     picture = scene(64, 6)
     changed = dataclasses.replace(MILD, **worse)  # type: ignore[arg-type]

@@ -52,9 +52,7 @@ def test_statistics_of_known_counts() -> None:
     half = CodebookStatistics.of(torch.tensor([3.0, 0.0, 3.0, 0.0]))
     assert [half.usage.item(), half.perplexity.item(), half.dead.item()] == pytest.approx([0.5, 2.0, 2])
     nothing = CodebookStatistics.of(torch.zeros(4))
-    assert [nothing.usage.item(), nothing.perplexity.item(), nothing.dead.item()] == pytest.approx(
-        [0.0, 1.0, 4]
-    )
+    assert [nothing.usage.item(), nothing.perplexity.item(), nothing.dead.item()] == pytest.approx([0.0, 1.0, 4])
 
 
 def test_codes_are_counted() -> None:
@@ -286,8 +284,7 @@ def test_two_ranks_keep_one_codebook(tmp_path: Path) -> None:
     torch.save(quantizer.state_dict(), tmp_path / "codes.pt")
     environment = os.environ | {"PYTHONPATH": str(Path(iqpir.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -40,10 +40,7 @@ def test_the_discriminator_has_the_published_layout() -> None:
     with torch.device("meta"):
         network = Discriminator(DiscriminatorConfig())
     assert parameters(network) == 6_960_961
-    assert (
-        layout_digest(network.state_dict())
-        == "6ac9fb40ba1fe6859fe1084aed6b3fdf77831bc1ee8c8107e198e9dcdf9fc52f"
-    )
+    assert layout_digest(network.state_dict()) == "6ac9fb40ba1fe6859fe1084aed6b3fdf77831bc1ee8c8107e198e9dcdf9fc52f"
 
 
 def test_spot_keys_of_each_part() -> None:

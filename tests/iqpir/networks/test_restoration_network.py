@@ -328,9 +328,7 @@ def test_a_quality_is_asked_for_only_where_it_is_used() -> None:
 # --- fidelity ---------------------------------------------------------------------------
 
 
-def restore_twice(
-    network: RestorationNetwork, change: Callable[[], None], fidelity: float
-) -> tuple[Tensor, Tensor]:
+def restore_twice(network: RestorationNetwork, change: Callable[[], None], fidelity: float) -> tuple[Tensor, Tensor]:
     pictures = pictures_of()
     with torch.no_grad():
         before = network(pictures, QUALITY, fidelity)

@@ -1,0 +1,1 @@
+"""The three trainings: what is frozen, one optimisation step, its losses and its metrics."""

@@ -1,0 +1,46 @@
+"""Teaching the dial: what each sample is asked for in a step of stage 2, and what the right answer is.
+
+A corpus holds each picture at one quality, so the condition is learnt as a fact about the sample, and
+qualities that the corpus lacks are never learnt. The remedy, ours: some samples are asked for a random
+quality, which the quality loss teaches.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Order(NamedTuple):
+    """What the network is asked for, and how its answer is judged."""
+
+    quality: Tensor
+    """[B] or [B,n]: the condition."""
+    weights: Tensor
+    """[B]: how much the sample's own codes count."""
+    wished: Tensor
+    """bool [B]: the condition is not the sample's own quality."""
+
+
+def own_quality(quality: Tensor) -> Order:
+    """Each sample at its own ``quality`` ([B] or [B,n]): the paper's way."""
+    ones = torch.ones(len(quality), device=quality.device)
+    return Order(quality, ones, torch.zeros_like(ones, dtype=torch.bool))
+
+
+def random_wish(quality: Tensor, chosen: Tensor, places: Tensor, between: tuple[float, float], weight: float) -> Order:
+    """Samples ``chosen`` are asked for a random quality; their own codes count with ``weight``.
+
+    Args:
+        quality: of the samples, [B] or [B,n].
+        chosen: bool [B].
+        places: [B] in [0,1), where in ``between`` the wish lies.
+        between: range of the wish.
+        weight: of codes that have another quality than the wish.
+    """
+    asked = between[0] + (between[1] - between[0]) * places
+    if quality.ndim == 2:
+        wanted = torch.where(chosen[:, None], asked[:, None], quality)
+    else:
+        wanted = torch.where(chosen, asked, quality)
+    return Order(wanted, torch.where(chosen, weight, 1.0), chosen)

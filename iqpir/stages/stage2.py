@@ -1,0 +1,250 @@
+"""Stage 2: predict the codes of the good picture from the degraded one, at a wanted quality.
+
+Frozen: codebooks and generator. Trained: encoder, quality condition, Transformer, head.
+Source: IQPIR (arXiv 2603.29773): L = L_feat + 0.5 L_index + 0.1 L_quality.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from iqpir.errors import UsageError
+from iqpir.losses import quality_loss, to_unit_range
+from iqpir.networks.conditioning import consensus
+from iqpir.networks.outcomes import Prediction
+from iqpir.networks.restoration_network import RestorationNetwork
+from iqpir.networks.vector_quantizer import straight_through
+from iqpir.stages.batch import Batch
+from iqpir.stages.code_targets import (
+    CodeLossConfig,
+    accuracies,
+    code_losses,
+    require_same_codebooks,
+    target_codes,
+)
+from iqpir.stages.dial import Order, own_quality, random_wish
+from iqpir.stages.telemetry import code_health, count_codes, freeze_except, montage
+from iqpir.training.distributed import SINGLE, Distributed
+from iqpir.training.ema import Ema
+from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_optimiser
+from iqpir.training.precision import FP32, PrecisionConfig, prepare
+from iqpir.training.state import TrainState
+
+TRAINED = ("encoder", "position_emb", "feat_emb", "score_embed", "ft_layers", "idx_pred_layer")
+_DIAL = 2
+"""Purpose number of the dial's random draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config:
+    """Losses and schedule of stage 2; the defaults are the paper's."""
+
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(
+            learning_rate=1e-4, schedule="multistep", milestones=(400_000, 450_000), gamma=0.5
+        )
+    )
+    """Of everything that is trained."""
+    codes: CodeLossConfig = field(default_factory=CodeLossConfig)
+    """Weights of the losses against the right codes."""
+    quality_weight: float = 0.1
+    """Weight of the quality loss of the restored picture; 0 never runs the generator."""
+    quality_grad: Literal["straight_through", "logits", "continuous"] = "straight_through"
+    """Path of the quality gradient: copied to the encoder (paper); through expected codes, so that the
+    Transformer learns too (ours); or without quantisation, which over-optimises (for comparison only)."""
+    quality_temperature: float = 1.0
+    """Temperature of the expected codes of ``logits``."""
+    quality_target: Literal["maximise", "match"] = "maximise"
+    """Push quality up (paper), or towards the quality that the network was asked for (ours)."""
+    quality_start: int = 0
+    """Step from which on the quality loss counts."""
+    quality_every: int = 1
+    """The quality loss counts at every so many steps; other steps run no generator."""
+    quality_samples: int = 0
+    """Samples of each rank's batch that the quality loss is computed for; 0 means all."""
+    dial_fraction: float = 0.0
+    """Share of samples that, where the quality loss counts, are asked for a random quality instead of
+    their own (ours). Needs ``match``."""
+    dial_range: tuple[float, float] = (0.0, 1.0)
+    """Range that the random quality is drawn from."""
+    dial_code_weight: float = 0.0
+    """Weight of the losses against codes for samples asked for a random quality: their codes have another."""
+    ema_decay: float = 0.995
+    """Decay of the averaged weights."""
+    ema_warmup: bool = False
+    """Average over fewer steps at first; for short trainings."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dial_fraction <= 1.0:
+            raise UsageError(f"dial_fraction {self.dial_fraction} is outside [0, 1].")
+        if self.dial_fraction > 0 and (self.quality_target != "match" or self.quality_weight == 0):
+            raise UsageError(
+                "dial_fraction asks for random qualities, which nothing would teach.",
+                "Set quality_target to match and quality_weight above 0, or dial_fraction to 0.",
+            )
+        if not 0.0 <= self.dial_range[0] <= self.dial_range[1] <= 1.0:
+            raise UsageError(f"dial_range {self.dial_range} is no range inside [0, 1].")
+        if self.quality_every < 1 or self.quality_temperature <= 0:
+            raise UsageError("quality_every must be at least 1 and quality_temperature positive.")
+        if min(self.quality_start, self.quality_samples) < 0:
+            raise UsageError("quality_start and quality_samples must not be negative.")
+
+    def judges_at(self, step: int) -> bool:
+        """Whether the quality loss counts in step ``step``, from 0."""
+        late = step >= self.quality_start
+        return self.quality_weight > 0 and late and (step - self.quality_start) % self.quality_every == 0
+
+
+class PredictPass(nn.Module):
+    """The forward that is wrapped for many ranks: everything trained, nothing else."""
+
+    def __init__(self, network: RestorationNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (logits, conditioned latent, encoder's latent); see ``RestorationNetwork.predict``."""
+        predicted = self.network.predict(pictures, quality)
+        return predicted.logits, predicted.latent, predicted.raw_latent
+
+
+class Stage2:
+    """Stage 2.
+
+    Args:
+        config: losses and schedule.
+        quality_prior: [B,3,H,W] in [0,1] -> [B] in [0,1], differentiable, frozen.
+        teacher: stage-1 network whose encoder makes codes for batches that have none.
+        precision: number format and layout.
+        distributed: the ranks.
+
+    Raises:
+        UsageError: quality_weight is positive and there is no prior.
+    """
+
+    name = "stage2"
+
+    def __init__(
+        self,
+        config: Stage2Config,
+        *,
+        quality_prior: nn.Module | None = None,
+        teacher: RestorationNetwork | None = None,
+        precision: PrecisionConfig = FP32,
+        distributed: Distributed = SINGLE,
+    ) -> None:
+        if config.quality_weight > 0 and quality_prior is None:
+            raise UsageError(
+                f"quality_weight is {config.quality_weight}, but no quality prior was given.",
+                "Name differentiable metrics, or set quality_weight to 0.",
+            )
+        self.config = config
+        self.precision = precision
+        self.distributed = distributed
+        self.quality_prior = None if quality_prior is None else quality_prior.eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+
+    def initial_state(self, network: RestorationNetwork, *, seed: int) -> TrainState:
+        """A fresh state around ``network``, whose autoencoder is already that of stage 1.
+
+        Raises:
+            UsageError: the teacher's codebooks are not the network's.
+        """
+        self.distributed.synchronise(network)
+        if self.teacher is not None:
+            require_same_codebooks(self.teacher, network)
+        freeze_except(network, TRAINED)
+        ema = Ema(network, self.config.ema_decay, warmup=self.config.ema_warmup)
+        optimiser = build_optimiser(self.config.optimiser, network.parameters())
+        passes = {"predict": self.distributed.wrap(PredictPass(prepare(network, self.precision)))}
+        return TrainState(network=network, ema=ema, optimisers={"network": optimiser}, seed=seed, passes=passes)
+
+    def step(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+        """One optimisation step on ``batch``, which has degraded pictures.
+
+        Raises:
+            UsageError: no degraded pictures, or neither codes nor a teacher.
+        """
+        prior = self.quality_prior if self.config.judges_at(state.step) else None
+        order = self._order(state, batch, judged=prior is not None)
+        codes = target_codes(batch, state.network, self.teacher)
+        with self.precision.autocast(batch.hq.device):
+            logits, latent, raw = state.passes["predict"](batch.degraded, order.quality)
+        predicted = Prediction(logits.float(), latent.float(), raw.float(), {}, state.network.books)
+        losses = code_losses(state.network, predicted, codes, batch.quality, order.weights, self.config.codes)
+        if prior is not None:
+            losses["quality_loss"], measured = self._quality_loss(prior, state.network, predicted, order)
+        total = torch.stack(list(losses.values())).sum()
+        torch.autograd.backward(total)
+        apply_gradients(self.config.optimiser, state.optimisers["network"], state.step)
+        state.ema.update(state.step)
+        values = {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
+        if prior is not None:
+            values["restored_quality"] = measured.detach()
+        found = predicted.codes
+        values |= accuracies(found, codes)
+        count_codes(state, found)
+        return values
+
+    def health(self, state: TrainState) -> dict[str, float]:
+        """Usage, perplexity and dead codes among the predictions of each codebook; the learning rate."""
+        rate = self.config.optimiser.learning_rate_at(max(0, state.step - 1))
+        return {**code_health(state, self.distributed), "learning_rate": rate}
+
+    @torch.no_grad()
+    def preview(self, state: TrainState, batch: Batch) -> Tensor:
+        """[H,W,3] uint8: rows of degraded, restored at the sample's quality, restored at 1, wanted."""
+        shown = slice(0, 4)
+        lq, quality = batch.degraded[shown], batch.quality[shown]
+        restored = state.ema.module(lq, quality)
+        best = state.ema.module(lq, torch.ones_like(quality))
+        return montage([lq, restored, best, batch.hq[shown]])
+
+    def _order(self, state: TrainState, batch: Batch, *, judged: bool) -> Order:
+        """What this step asks for; a wish only where the quality loss can teach it."""
+        config = self.config
+        if config.dial_fraction == 0 or not judged:
+            return own_quality(batch.quality)
+        # Drawn for the global batch: the same sample is asked for the same at any number of ranks.
+        draws = torch.rand(2, len(batch) * self.distributed.world_size, generator=state.generator(_DIAL))
+        begin = self.distributed.rank * len(batch)
+        chance, places = draws[:, begin : begin + len(batch)].to(batch.quality.device)
+        chosen = chance < config.dial_fraction
+        return random_wish(batch.quality, chosen, places, config.dial_range, config.dial_code_weight)
+
+    def _quality_loss(
+        self, prior: nn.Module, network: RestorationNetwork, predicted: Prediction, order: Order
+    ) -> tuple[Tensor, Tensor]:
+        """(weighted loss, mean quality) of the pictures decoded from predicted codes."""
+        count = self.config.quality_samples or len(order.quality)
+        # Samples with a random wish come first: nothing else teaches them.
+        chosen = torch.argsort((~order.wished).int(), stable=True)[:count]
+        logits, latent, raw = (part[chosen] for part in predicted[:3])
+        part = Prediction(logits, latent, raw, {}, predicted.books)
+        quality = order.quality[chosen]
+        latent = discrete_latent(network, part, quality, self.config)
+        with self.precision.autocast(latent.device):
+            restored = network.decode(latent)
+        measured: Tensor = prior(to_unit_range(restored))
+        wanted = consensus(quality) if self.config.quality_target == "match" else None
+        return self.config.quality_weight * quality_loss(measured, wanted), measured.mean()
+
+
+def discrete_latent(
+    network: RestorationNetwork, predicted: Prediction, quality: Tensor, config: Stage2Config
+) -> Tensor:
+    """Latent [B,d,h,h] that is decoded for the quality loss, with the configured gradient path.
+
+    ``straight_through`` and ``logits`` have exactly the value of the most likely codes' vectors; their
+    gradient goes to the conditioned latent, or through softmax to the logits of both codebooks.
+    ``continuous`` is the conditioned latent itself.
+    """
+    if config.quality_grad == "continuous":
+        return predicted.latent
+    hard = network.lookup(predicted.codes, quality)
+    if config.quality_grad == "straight_through":
+        return straight_through(hard, predicted.latent)
+    soft = network.soft_lookup(predicted.logits, config.quality_temperature, quality)
+    return straight_through(hard, soft)

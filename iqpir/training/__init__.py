@@ -1,0 +1,1 @@
+"""The loop, its state, checkpoints, order, optimiser and ranks; runs alone, under torchrun or under Ray."""

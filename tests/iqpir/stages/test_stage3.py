@@ -1,0 +1,86 @@
+"""Stage 3: its phases, and that picture losses train the fidelity modules alone."""
+
+from types import ModuleType
+
+import torch
+
+from iqpir.stages.code_targets import CodeLossConfig
+from iqpir.stages.stage3 import Stage3, Stage3Config, last_fidelity_weight
+from iqpir.training.state import TrainState
+
+
+def started(tiny: ModuleType, **changes: object) -> tuple[Stage3, TrainState]:
+    values: dict[str, object] = {
+        "optimiser": tiny.RATE,
+        "adversary": tiny.stage1_config().adversary,
+        "first_steps": 2,
+        "second_steps": 1,
+        "code_steps": 1,
+        "fidelity_every": 2,
+    }
+    stage = Stage3(
+        Stage3Config(**{**values, **changes}),  # type: ignore[arg-type]
+        perceptual=tiny.smooth_l2,
+        teacher=tiny.network(),
+    )
+    return stage, stage.initial_state(tiny.network(), seed=1)
+
+
+def test_published_phases() -> None:
+    config = Stage3Config()
+    at = {step: config.fidelity_at(step) for step in (0, 39_999, 40_000, 79_999, 80_000, 119_999)}
+    assert list(at.values()) == [1.0, 1.0, 1.3, 1.3, 0.0, 0.0]
+    # Iterations from 1: those above 120000 that 15 divides.
+    assert [step + 1 for step in range(120_000, 120_040) if config.fidelity_at(step) > 0] == [
+        120_015,
+        120_030,
+    ]
+    assert config.degradation_at(0) == "small"
+    assert config.degradation_at(100_000) == "large"
+
+
+def test_picture_losses_train_the_fidelity_modules_alone(tiny: ModuleType) -> None:
+    nothing = CodeLossConfig(feature_weight=0.0, code_weight=0.0)
+    stage, state = started(tiny, codes=nothing)
+    found: dict[str, float] = {}
+    for name, parameter in state.network.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: found.__setitem__(name, float(p.grad.abs().max()))
+            )
+    stage.step(state, tiny.batch(torch.arange(1, 5)))
+    reached = {name for name, value in found.items() if value > 0}
+    assert reached == {name for name in found if name.startswith("fuse_convs_dict")}
+    assert reached == {n for n, _ in state.network.named_parameters() if n.startswith("fuse_convs_dict")}
+
+
+def test_steps_without_fidelity_leave_the_fidelity_modules_and_the_discriminator_alone(
+    tiny: ModuleType,
+) -> None:
+    stage, state = started(tiny)
+    batch = tiny.batch(torch.arange(1, 5))
+    for state.step in range(3):
+        assert "pixel_loss" in stage.step(state, batch)
+    fuse = last_fidelity_weight(state.network)
+    before = fuse.clone(), {k: v.clone() for k, v in state.discriminator.state_dict().items()}
+    encoder = state.network.encoder.blocks[0].weight.clone()
+    state.step = 3
+    values = stage.step(state, batch)
+    assert "pixel_loss" not in values
+    assert torch.equal(fuse, before[0]), "momentum must not move what has no gradient"
+    assert all(torch.equal(v, before[1][k]) for k, v in state.discriminator.state_dict().items())
+    assert not torch.equal(state.network.encoder.blocks[0].weight, encoder)
+    assert stage.health(state)["fidelity"] == 1.3
+
+
+def test_codebooks_and_generator_are_frozen(tiny: ModuleType) -> None:
+    stage, state = started(tiny)
+    before = {k: v.clone() for k, v in state.network.state_dict().items()}
+    stage.step(state, tiny.batch(torch.arange(1, 5)))
+    for key, value in state.network.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith(("quantize", "generator")), key
+
+
+def test_the_balance_is_the_last_convolution_of_the_largest_module(tiny: ModuleType) -> None:
+    network = tiny.network(connect_sizes=[8, 16])
+    assert last_fidelity_weight(network) is network.fuse_convs_dict["16"].shift[-1].weight
