@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["Restorer", "__version__", "build"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  (module attributes have no common type)
+def __getattr__(name: str) -> Any:
     if name == "build":
         from iqpir.networks.restoration_network import build
 

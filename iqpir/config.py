@@ -95,8 +95,7 @@ class NetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``NetworkConfig.from_dict`` reverses it."""
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -121,37 +120,38 @@ class NetworkConfig:
         return digest(self.to_dict())
 
 
-def digest(values: Any, length: int = 12) -> str:  # noqa: ANN401  (any JSON value)
+def digest(values: Any, length: int = 12) -> str:
     """First ``length`` hex digits of the sha256 of the canonical JSON of ``values``."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 PRESETS: dict[str, NetworkConfig] = {
+    # Sixteen tokens a side: with eight, a minute of training gave 4 dB less and blurred every code.
     "tiny32": NetworkConfig(
         image_size=32,
-        base_channels=32,
-        channel_multipliers=(1, 2, 4),
+        base_channels=24,
+        channel_multipliers=(1, 2),
         res_blocks=1,
-        attention_sizes=(8,),
+        attention_sizes=(),
         latent_channels=64,
         codebook_size=256,
-        transformer_width=128,
+        transformer_width=96,
         transformer_heads=4,
-        transformer_layers=3,
-        connect_sizes=(16,),
+        transformer_layers=2,
+        connect_sizes=(16, 32),
     ),
     "tiny64": NetworkConfig(
         image_size=64,
-        base_channels=32,
-        channel_multipliers=(1, 2, 2, 4),
+        base_channels=24,
+        channel_multipliers=(1, 2, 2),
         res_blocks=1,
-        attention_sizes=(8,),
+        attention_sizes=(),
         latent_channels=64,
         codebook_size=256,
-        transformer_width=128,
+        transformer_width=96,
         transformer_heads=4,
-        transformer_layers=3,
+        transformer_layers=2,
         connect_sizes=(16, 32),
     ),
     "small128": NetworkConfig(

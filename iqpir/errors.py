@@ -1,10 +1,10 @@
 """Errors for users: what happened, what to do, where to read; each knows its exit code.
 
-    IqpirError
-    ├── UsageError          1   a wrong flag, path, key or environment; nothing was written
-    ├── IncompleteError     3   some work is left; the same command goes on where it stopped
-    ├── VerificationError   4   an artifact is not what its record says
-    └── PermanentError      5   failed for good; running again changes nothing
+IqpirError
+├── UsageError          1   a wrong flag, path, key or environment; nothing was written
+├── IncompleteError     3   some work is left; the same command goes on where it stopped
+├── VerificationError   4   an artifact is not what its record says
+└── PermanentError      5   failed for good; running again changes nothing
 """
 
 from typing import ClassVar

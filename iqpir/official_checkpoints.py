@@ -92,9 +92,7 @@ def _read_state(path: Path) -> State:
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
-def _detect(
-    state: State, alpha: float, hq_threshold: float, heads: int, autoencoder_size: int
-) -> NetworkConfig:
+def _detect(state: State, alpha: float, hq_threshold: float, heads: int, autoencoder_size: int) -> NetworkConfig:
     channels = state["quantize.embedding.weight"].shape[1]
     base = state["encoder.blocks.0.weight"].shape[0]
     widths, attended, res_blocks = _levels(state)
@@ -156,9 +154,7 @@ def _with_transformer(state: State, autoencoder: NetworkConfig, heads: int) -> N
         conditioning = "add"
         wanted = autoencoder.latent_channels * autoencoder.latent_size**2
         if any(embedding.shape[1] != wanted for embedding in embeddings):
-            raise UsageError(
-                f"score_embed has {embeddings[0].shape[1]} values per bin; the latent has {wanted}."
-            )
+            raise UsageError(f"score_embed has {embeddings[0].shape[1]} values per bin; the latent has {wanted}.")
     values = autoencoder.to_dict() | {
         "conditioning": conditioning,
         "quality_bins": [len(embedding) for embedding in embeddings] or [10],

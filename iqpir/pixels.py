@@ -172,11 +172,7 @@ class Picture:
 
     def facts(self) -> dict[str, Any]:
         """Every field but ``array``: plain JSON values."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "array"
-        }
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "array"}
 
 
 def decode(data: bytes, policy: PixelPolicy | None = None) -> Picture:
@@ -324,9 +320,7 @@ def _check_png(data: bytes) -> None:
         if end > len(data):
             break
         critical = not kind[0] & 0x20
-        if critical and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(
-            view[end - 4 : end], "big"
-        ):
+        if critical and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise PictureError("corrupt", f"The checksum of PNG chunk {kind!r} is wrong.")
         if kind == b"IEND":
             return

@@ -140,9 +140,7 @@ class PiecewiseLinear(nn.Module):
         x = torch.as_tensor(knots, dtype=torch.float64)
         y = torch.as_tensor(values, dtype=torch.float64)
         if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
-            raise UsageError(
-                f"A calibration needs 2 knots or more and as many values; got {len(x)}, {len(y)}."
-            )
+            raise UsageError(f"A calibration needs 2 knots or more and as many values; got {len(x)}, {len(y)}.")
         steps = y.diff()
         if not bool((x.diff() > 0).all()) or not bool((steps >= 0).all() or (steps <= 0).all()):
             raise UsageError("A calibration needs strictly increasing knots and monotone values.")
@@ -210,9 +208,7 @@ class QualityPrior(nn.Module):
             raise UsageError("A quality prior needs at least one metric.", "For example rank.")
         missing = sorted(set(metrics) - set(calibrations))
         if missing:
-            raise UsageError(
-                f"The calibration has no map for {missing}.", "Label the corpus with them first."
-            )
+            raise UsageError(f"The calibration has no map for {missing}.", "Label the corpus with them first.")
         self.names = tuple(metrics)
         self.max_side = max_side
         self.bound = bound
@@ -257,13 +253,12 @@ class QualityPrior(nn.Module):
         if self.bound == "resize":
             ratio = self.max_side / max(height, width)
             size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-            return functional.interpolate(
-                pictures, size, mode="bicubic", align_corners=False, antialias=True
-            ).clamp(0.0, 1.0)
+            return functional.interpolate(pictures, size, mode="bicubic", align_corners=False, antialias=True).clamp(
+                0.0, 1.0
+            )
         free = (max(0, height - self.max_side), max(0, width - self.max_side))
         top, left = (
-            (room // 2 if generator is None else int(torch.randint(room + 1, (), generator=generator)))
-            for room in free
+            (room // 2 if generator is None else int(torch.randint(room + 1, (), generator=generator))) for room in free
         )
         return pictures[..., top : top + self.max_side, left : left + self.max_side]
 

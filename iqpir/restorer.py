@@ -105,9 +105,7 @@ class Restorer:
         metadata = facts.get("metadata", {})
         return cls(network, device, metadata=metadata, policy=policy, overlap=overlap, batch_size=batch_size)
 
-    def restore(
-        self, picture: PictureT, quality: float | Sequence[float] = 0.95, fidelity: float = 0.0
-    ) -> PictureT:
+    def restore(self, picture: PictureT, quality: float | Sequence[float] = 0.95, fidelity: float = 0.0) -> PictureT:
         """Restore one picture; the answer is of the same kind and size.
 
         Args:
@@ -255,13 +253,9 @@ def _frames_of_tensor(pictures: Tensor) -> list[Tensor]:
 
 def _checked_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if not isinstance(array, np.ndarray):
-        raise UsageError(
-            f"A {type(array).__name__} is no picture.", "Give bytes, a PIL picture, an array or a tensor."
-        )
+        raise UsageError(f"A {type(array).__name__} is no picture.", "Give bytes, a PIL picture, an array or a tensor.")
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise UsageError(
-            f"An array of {array.dtype} {array.shape} is no picture.", "Give uint8 [H, W, 3] in RGB."
-        )
+        raise UsageError(f"An array of {array.dtype} {array.shape} is no picture.", "Give uint8 [H, W, 3] in RGB.")
     # A copy: a view may be read-only or have negative strides, which torch refuses.
     return np.array(array, order="C")
 

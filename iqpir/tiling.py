@@ -50,9 +50,7 @@ class Canvas:
         self._padded, self._top, self._left = _padded(picture, tile)
         height, width = self._padded.shape[-2:]
         self.corners = [
-            (top, left)
-            for top in tile_starts(height, tile, overlap)
-            for left in tile_starts(width, tile, overlap)
+            (top, left) for top in tile_starts(height, tile, overlap) for left in tile_starts(width, tile, overlap)
         ]
         self._missing = len(self.corners)
         self._sum: Tensor | None = None

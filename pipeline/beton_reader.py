@@ -101,9 +101,7 @@ def read_back(path: Path, quality: NDArray[np.float64], expected: dict[int, Pict
     for (index, picture), found in zip(expected.items(), loaded, strict=True):
         if found.shape != picture.shape:
             raise VerificationError(f"Picture {index} of the .beton has shape {found.shape}.")
-        if mode == "raw" and not (
-            np.array_equal(found, picture) and np.array_equal(reader.picture(index), picture)
-        ):
+        if mode == "raw" and not (np.array_equal(found, picture) and np.array_equal(reader.picture(index), picture)):
             raise VerificationError(f"Picture {index} of the .beton differs from the view's.")
         if mode == "jpg" and not _close(found, picture):
             raise VerificationError(f"Picture {index} of the .beton does not resemble the view's.")

@@ -88,9 +88,7 @@ def record_lies(documents: Documents, manifest: Manifest) -> Iterator[str]:
                 yield f"{path}: {', '.join(different)} differ from the manifest"
 
 
-def document_lies(
-    storage: Storage, documents: Documents, manifest: Manifest, present: set[str]
-) -> Iterator[str]:
+def document_lies(storage: Storage, documents: Documents, manifest: Manifest, present: set[str]) -> Iterator[str]:
     """A list of shards that is not the manifest's, and views whose rows have another digest."""
     shards = "".join(f"{unit.shard}\n" for unit in manifest.units if unit.shard is not None)
     if layout.SHARD_LIST not in present or storage.read(layout.SHARD_LIST) != shards.encode():

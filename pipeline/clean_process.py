@@ -61,9 +61,7 @@ def check(model_uri: str, tracking_uri: str, requests: Path) -> dict[str, Any]:
     mlflow = importlib.import_module("mlflow")
     pandas = importlib.import_module("pandas")
     mlflow.set_tracking_uri(tracking_uri)
-    folder = Path(
-        mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(requests / "model"))
-    )
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(requests / "model")))
     sys.addaudithook(refuse_network)
     model = mlflow.pyfunc.load_model(str(folder))
     errors: dict[str, list[str | None]] = {}

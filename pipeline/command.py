@@ -8,21 +8,24 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from iqpir.errors import IqpirError, UsageError
 
-JOBS = tuple(
-    "demo preflight shard score label dedup curate report explore degrade encode export stage1 stage2 stage3 "
-    "evaluate register promote restore verify gc status bench ablation fit_metric".split()
+JOBS = (
+    *("demo", "preflight", "shard", "score", "label", "curate", "report", "degrade", "encode", "export"),
+    *("stage1", "stage2", "stage3", "evaluate", "register", "promote", "restore"),
+    *("verify", "gc", "status", "fit_metric"),
 )
+"""Names of the jobs, hence of a recipe's sections."""
 SHARED = "all"
 """Recipe section whose keys reach every job that has a field of that name."""
 
@@ -30,16 +33,14 @@ SHARED = "all"
 class Result(Protocol):
     """What a verb returns: a dataclass of JSON values."""
 
-    __dataclass_fields__: dict[str, Any]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 C = TypeVar("C")
 R = TypeVar("R", bound=Result)
 
 
-def command(
-    action: Callable[[C], R], config_type: type[C], argv: Sequence[str] | None = None
-) -> None:  # pragma: no branch
+def command(action: Callable[[C], R], config_type: type[C], argv: Sequence[str] | None = None) -> None:
     """Run ``action`` on the configuration in ``argv`` and leave the process with its exit code.
 
     Args:
@@ -77,16 +78,38 @@ def parse(config_type: type[C], argv: Sequence[str], job: str, description: str 
         UsageError: an unknown key (naming the nearest known one) or a value of the wrong type.
         SystemExit: after ``--help`` or ``--print_config``.
     """
+    parser = _parser(config_type, job, description)
+    known = _keys(parser)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(_arguments(argv, known, job)))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise _usage(error, known, job) from error
+    return _built(config_type, values)
+
+
+def from_dict(config_type: type[C], values: Mapping[str, Any]) -> C:
+    """Inverse of ``dataclasses.asdict`` for a configuration that travelled as plain JSON values.
+
+    Raises:
+        UsageError: an unknown key or a value of the wrong type.
+    """
+    parser = _parser(config_type, config_type.__name__, "")
+    try:
+        built = parser.instantiate_classes(parser.parse_object(json.loads(json.dumps(values))))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise _usage(error, _keys(parser), config_type.__name__) from error
+    return _built(config_type, built)
+
+
+def _parser(config_type: type[Any], job: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=job, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Recipe: a YAML file; docs/jobs.md.")
     parser.add_class_arguments(config_type)
-    known = _keys(parser)
-    try:
-        namespace = parser.parse_args(_arguments(argv, known, job))
-        values = parser.instantiate_classes(namespace)
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise _usage(error, known, job) from error
+    return parser
+
+
+def _built(config_type: type[C], values: Namespace) -> C:
     fields = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     return config_type(**{name: values[name] for name in fields})
 
@@ -113,9 +136,7 @@ def _arguments(argv: Sequence[str], known: dict[str, bool], job: str) -> list[st
     for position, token in enumerate(tokens):
         following = tokens[position + 1] if position + 1 < len(tokens) else "--"
         if not token.startswith("--"):
-            arguments.append(
-                _section(token, known, job) if position and tokens[position - 1] == "--config" else token
-            )
+            arguments.append(_section(token, known, job) if position and tokens[position - 1] == "--config" else token)
             continue
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
@@ -137,7 +158,7 @@ def _section(path: str, known: dict[str, bool], job: str) -> str:
     reach each job that has a field of that name.
     """
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        recipe = yaml.safe_load(_expanded(Path(path).read_text(encoding="utf-8"), path)) or {}
     except OSError as error:
         raise UsageError(f"Cannot read the recipe {path}: {error.strerror}.") from error
     except yaml.YAMLError as error:
@@ -149,15 +170,32 @@ def _section(path: str, known: dict[str, bool], job: str) -> str:
         return json.dumps(recipe)
     for name in recipe:
         if name not in sections:
-            raise UsageError(
-                f"The recipe {path} has an unknown section {name!r}.{_nearest(name, [*JOBS, SHARED])}"
-            )
+            raise UsageError(f"The recipe {path} has an unknown section {name!r}.{_nearest(name, [*JOBS, SHARED])}")
     shared = {
         key: value
         for key, value in (recipe.get(SHARED) or {}).items()
         if key in known or any(name.startswith(f"{key}.") for name in known)
     }
     return json.dumps({**shared, **(recipe.get(job) or {})})
+
+
+def workspace() -> str:
+    """Where jobs keep things that no flag places: ``$IQPIR_WORKSPACE`` (a folder or URL), or ``~/.iqpir``."""
+    return os.environ.get("IQPIR_WORKSPACE") or str(Path.home() / ".iqpir")
+
+
+def _expanded(text: str, path: str) -> str:
+    """Replace ``${NAME}`` by the environment's value, so that one recipe serves many clusters."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "IQPIR_WORKSPACE":
+            return workspace()
+        if name not in os.environ:
+            raise UsageError(f"The recipe {path} needs the environment variable {name}.", f"Set {name}.")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
 
 
 def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError:

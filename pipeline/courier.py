@@ -138,9 +138,7 @@ class Courier:
             # Whether the last request had an effect is unknown: ask again before the next one.
             self._known, self._shown = None, None
             if not self._away:
-                log.warning(
-                    "MLflow at %s does not answer; points wait in %s: %s", self._uri, self.points.path, error
-                )
+                log.warning("MLflow at %s does not answer; points wait in %s: %s", self._uri, self.points.path, error)
             self._away = True
             return False
         if self._away:

@@ -28,8 +28,7 @@ class CropPolicy:
     def __post_init__(self) -> None:
         if min(self.size, self.stride, self.per_picture) < 0:
             raise UsageError(
-                f"crop size {self.size}, stride {self.stride} and per_picture {self.per_picture} "
-                "cannot be negative."
+                f"crop size {self.size}, stride {self.stride} and per_picture {self.per_picture} cannot be negative."
             )
         if not self.size and (self.stride or self.per_picture or self.min_std):
             raise UsageError("A crop policy without a size does nothing.", "Give --crop.size.")

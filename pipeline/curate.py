@@ -146,9 +146,7 @@ def _view_rows(chosen: pa.Table, config: CurateConfig) -> pa.Table:
     labels = chosen.column_names[position:]
     sources = [
         f"{collection}/{relpath}"
-        for collection, relpath in zip(
-            chosen["collection"].to_pylist(), chosen["relpath"].to_pylist(), strict=True
-        )
+        for collection, relpath in zip(chosen["collection"].to_pylist(), chosen["relpath"].to_pylist(), strict=True)
     ]
     held_back = _held_back(set(sources), config.holdout, config.seed)
     split = pa.array(["val" if source in held_back else "train" for source in sources], pa.string())
@@ -164,8 +162,7 @@ def _held_back(sources: set[str], holdout: float, seed: int) -> set[str]:
     if holdout == 0.0 or len(sources) < 2:
         return set()
     drawn = {
-        source: int(hashlib.sha256(f"{seed}/{source}".encode()).hexdigest()[:13], 16) / 16**13
-        for source in sources
+        source: int(hashlib.sha256(f"{seed}/{source}".encode()).hexdigest()[:13], 16) / 16**13 for source in sources
     }
     ordered = sorted(sources, key=lambda source: (drawn[source], source))
     below = [source for source in ordered if drawn[source] < holdout]

@@ -131,9 +131,7 @@ def _recipe(config: DegradeConfig) -> Recipe:
         raise UsageError(f"{config.run} has no run.json.", "Name the folder of a training.")
     run: dict[str, Any] = json.loads(storage.read("run.json"))
     if "degradation" not in run["training"]:
-        raise UsageError(
-            f"The run {config.run} ({run['stage']}) degrades nothing.", "Name one of stage 2 or 3."
-        )
+        raise UsageError(f"The run {config.run} ({run['stage']}) degrades nothing.", "Name one of stage 2 or 3.")
     network = NetworkConfig.from_dict(run["network"])
     return Recipe(
         config.view or run["lineage"]["view_name"],
@@ -178,9 +176,7 @@ def _replay(config: DegradeConfig, recipe: Recipe, view: View, target: Storage) 
     return DegradeResult(target.url, view.reference, 1, [target.uri(name) for name in names], digest(facts))
 
 
-def _pairs(
-    config: DegradeConfig, recipe: Recipe, corpus: Corpus, view: View, target: Storage
-) -> DegradeResult:
+def _pairs(config: DegradeConfig, recipe: Recipe, corpus: Corpus, view: View, target: Storage) -> DegradeResult:
     """``hq/<key>.png`` and ``lq/<key>.png`` of each row, then the parameters, then the record."""
     rows = view.split(config.split)
     rows = rows.slice(0, config.samples) if config.samples else rows
@@ -212,9 +208,7 @@ def _pairs(
 
 def _parameters_table(keys: list[str], recipe: Recipe) -> pa.Table:
     """key and every field of ``DegradationParameters``, a row each key."""
-    rows = [
-        {"key": key, **parameters_for_key(recipe.degradation, recipe.seed, key).to_dict()} for key in keys
-    ]
+    rows = [{"key": key, **parameters_for_key(recipe.degradation, recipe.seed, key).to_dict()} for key in keys]
     kinds = {"kernel": pa.string(), "kernel_size": pa.int32(), "noise_seed": pa.int64(), "jpeg": pa.int32()}
     kinds |= {"colour_shift": pa.list_(pa.float64()), "gray": pa.bool_()}
     fields = [field.name for field in dataclasses.fields(DegradationParameters)]

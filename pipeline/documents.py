@@ -48,9 +48,7 @@ def require_keys(values: Mapping[str, Any], names: Iterable[str], path: str) -> 
     """
     missing = sorted(set(names) - values.keys())
     if missing:
-        raise VerificationError(
-            f"{path} lacks {', '.join(missing)}.", "It is damaged, or of another program."
-        )
+        raise VerificationError(f"{path} lacks {', '.join(missing)}.", "It is damaged, or of another program.")
 
 
 def objects_of(path: str, values: Mapping[str, Any]) -> list[ObjectRef]:

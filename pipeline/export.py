@@ -141,9 +141,7 @@ def _export_folder(config: ExportConfig, corpus: Corpus, view: View, rows: pa.Ta
 
     target = Storage.open(config.output)
     exporter = export_tars if config.format == "tar" else export_files
-    done = exporter(
-        corpus, rows, target, identity, config.pixels, fitted if config.size else None, config.cache
-    )
+    done = exporter(corpus, rows, target, identity, config.pixels, fitted if config.size else None, config.cache)
     return ExportResult(
         output=target.url,
         format=config.format,

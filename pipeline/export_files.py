@@ -167,9 +167,7 @@ def _write_labels(target: Storage, rows: pa.Table, places: list[tuple[str, str]]
     return ObjectRef(path=LABELS, bytes=len(data), sha256=sha256_hex(data), rows=rows.num_rows)
 
 
-def _members(
-    corpus: Corpus, rows: pa.Table, pixels: PixelPolicy, fit: Fit | None, folder: str
-) -> Iterator[Member]:
+def _members(corpus: Corpus, rows: pa.Table, pixels: PixelPolicy, fit: Fit | None, folder: str) -> Iterator[Member]:
     cache = ShardCache(corpus, folder)
     for batch in rows.to_batches(max_chunksize=4096):
         for row in batch.to_pylist():

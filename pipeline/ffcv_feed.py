@@ -97,9 +97,7 @@ class FfcvFeed:
         }
         found = {name: value for name, value in dataclasses.asdict(facts).items() if name in wanted}
         different = [
-            f"{name} {found[name]} in place of {wanted[name]}"
-            for name in wanted
-            if found[name] != wanted[name]
+            f"{name} {found[name]} in place of {wanted[name]}" for name in wanted if found[name] != wanted[name]
         ]
         if different:
             raise UsageError(f"{self.beton} (view {facts.view}) has {', '.join(different)}.", _AGAIN)

@@ -75,13 +75,10 @@ def _against(candidate: Figures, champion: Figures, config: GateConfig) -> list[
     found = []
     if not candidate.quality_restored >= champion.quality_restored - config.max_quality_loss:
         found.append(
-            f"restored quality {candidate.quality_restored:.4f} is below the champion's "
-            f"{champion.quality_restored:.4f}"
+            f"restored quality {candidate.quality_restored:.4f} is below the champion's {champion.quality_restored:.4f}"
         )
     if not candidate.psnr_restored >= champion.psnr_restored - config.max_psnr_loss:
-        found.append(
-            f"PSNR {candidate.psnr_restored:.2f} dB is below the champion's {champion.psnr_restored:.2f} dB"
-        )
+        found.append(f"PSNR {candidate.psnr_restored:.2f} dB is below the champion's {champion.psnr_restored:.2f} dB")
     return found
 
 
@@ -109,9 +106,7 @@ def evaluation_tags(location: str, metadata: Mapping[str, Any]) -> dict[str, str
     except FileNotFoundError as error:
         raise UsageError(f"There is no evaluation at {location}.", "jobs/evaluate.py writes one.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{location} is no evaluation: {error!r}.", "jobs/evaluate.py writes one."
-        ) from error
+        raise UsageError(f"{location} is no evaluation: {error!r}.", "jobs/evaluate.py writes one.") from error
     weights = record.get("weights_digest") or (record.get("lineage") or {}).get("weights")
     if weights and weights != metadata.get("weights_digest"):
         raise VerificationError(f"{location} is an evaluation of other weights.", "Evaluate this checkpoint.")

@@ -125,9 +125,7 @@ def label(config: LabelConfig) -> LabelResult:
         "histogram": [int(count) for count in histogram],
         "objects": [reference.to_dict() for reference in objects],
     }
-    stored = write_document(
-        corpus.storage, labels_index_path(config.name), {**index, "digest": digest(index)}
-    )
+    stored = write_document(corpus.storage, labels_index_path(config.name), {**index, "digest": digest(index)})
     if stored["digest"] != digest(index):
         raise UsageError(
             f"The corpus has other labels called {config.name} (from other scores, samples or settings).",

@@ -158,9 +158,7 @@ class ObjectRef:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ObjectRef":
         """Inverse of ``to_dict``."""
-        return cls(
-            path=values["path"], bytes=values["bytes"], sha256=values["sha256"], rows=values.get("rows")
-        )
+        return cls(path=values["path"], bytes=values["bytes"], sha256=values["sha256"], rows=values.get("rows"))
 
 
 def plan_path(generation: int) -> str:

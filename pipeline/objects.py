@@ -142,9 +142,7 @@ class Objects:
             if answer & _CONFLICT:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.uri(path)) from error
             if answer & _REFUSED:
-                raise ConditionsIgnoredError(
-                    errno.ENOSYS, "conditions are refused", self.uri(path)
-                ) from error
+                raise ConditionsIgnoredError(errno.ENOSYS, "conditions are refused", self.uri(path)) from error
             raise
 
     def remove(self, path: str) -> None:
@@ -191,9 +189,7 @@ class S3Objects(Objects):
         if not bucket:
             raise UsageError("s3:// names no bucket.", "Write s3://bucket/prefix.")
         try:
-            self.call(
-                "call_s3", "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, seconds=REACH_SECONDS
-            )
+            self.call("call_s3", "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, seconds=REACH_SECONDS)
         except OSError as error:
             reason = str(error) or type(error).__name__
             raise UsageError(

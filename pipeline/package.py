@@ -167,9 +167,7 @@ def renamed(source: bytes, package: str) -> bytes:
                 if alias.name.split(".")[0] != ROOT:
                     continue
                 if alias.asname is None:
-                    raise PermanentError(
-                        f"The inference code says 'import {alias.name}'.", "Use 'from ... import'."
-                    )
+                    raise PermanentError(f"The inference code says 'import {alias.name}'.", "Use 'from ... import'.")
                 _replace(lines, alias.lineno, alias.col_offset, rb"()iqpir\b", package)
     return b"".join(lines)
 

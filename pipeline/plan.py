@@ -120,8 +120,7 @@ class Generation:
     def unit_ids(self) -> dict[str, int]:
         """Id -> ordinal."""
         return {
-            self.table["unit_id"][first].as_py(): self.table["ordinal"][first].as_py()
-            for first, _ in self._bounds()
+            self.table["unit_id"][first].as_py(): self.table["ordinal"][first].as_py() for first, _ in self._bounds()
         }
 
     def _bounds(self) -> list[tuple[int, int]]:
@@ -141,9 +140,7 @@ def list_inputs(url: str) -> Listing:
     if not found:
         folder = storage.local("")
         if folder is not None and folder.is_file():
-            raise UsageError(
-                f"The input {url} is a file.", "Give the folder or prefix that holds the pictures."
-            )
+            raise UsageError(f"The input {url} is a file.", "Give the folder or prefix that holds the pictures.")
         what = "is empty" if folder is None or folder.is_dir() else "does not exist"
         raise UsageError(f"The input {url} {what}.", "Check --input.")
     inputs = [entry for entry in found if PurePosixPath(entry.path).suffix.lower() in EXTENSIONS]
@@ -185,9 +182,7 @@ def read_generations(storage: Storage) -> list[Generation]:
     return in_threads(lambda path: _read_generation(storage, path), paths)
 
 
-def extend_plan(
-    storage: Storage, listing: Listing, collection: str, settings: Mapping[str, Any]
-) -> list[Generation]:
+def extend_plan(storage: Storage, listing: Listing, collection: str, settings: Mapping[str, Any]) -> list[Generation]:
     """Join the plan of a corpus, first adding a generation if there are new or changed inputs.
 
     Args:
@@ -268,8 +263,7 @@ def _require_same(
         for name in sorted(planned.keys() | wanted.keys()):
             if planned.get(name) != wanted.get(name):
                 raise UsageError(
-                    f"The corpus was planned with {name} = {planned.get(name)!r}, now it is "
-                    f"{wanted.get(name)!r}.",
+                    f"The corpus was planned with {name} = {planned.get(name)!r}, now it is {wanted.get(name)!r}.",
                     "Use the same value, or another corpus (for another input: another collection).",
                 )
 
@@ -347,9 +341,7 @@ def _cut(inputs: Sequence[Entry], unit_bytes: int, unit_samples: int) -> list[in
     return counts
 
 
-def _table(
-    inputs: Sequence[Entry], units: Sequence[int], first_ordinal: int, identity: Mapping[str, Any]
-) -> pa.Table:
+def _table(inputs: Sequence[Entry], units: Sequence[int], first_ordinal: int, identity: Mapping[str, Any]) -> pa.Table:
     unit_ids: list[str] = []
     start = 0
     for ordinal, count in enumerate(units, first_ordinal):

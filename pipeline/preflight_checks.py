@@ -93,9 +93,7 @@ def check_imports() -> str:
         except ImportError as error:
             failed.append(f"{name} ({error})")
     if failed:
-        raise UsageError(
-            f"Cannot import {', '.join(failed)}.", "Install iqpir[pipeline] under constraints.txt."
-        )
+        raise UsageError(f"Cannot import {', '.join(failed)}.", "Install iqpir[pipeline] under constraints.txt.")
     absent = [f"{name} (extra {extra})" for name, extra in OPTIONAL.items() if not _installed(name)]
     arrow = importlib.import_module("pyarrow.fs")
     if not hasattr(arrow, "S3FileSystem"):
@@ -143,9 +141,7 @@ def check_storage(url: str) -> str:
     storage.publish(name, data)
     try:
         if storage.read(name) != data or storage.read_range(name, 1000, 24) != data[1000:1024]:
-            raise UsageError(
-                f"{storage.uri(name)} reads back with other bytes.", "Is there a cache in between?"
-            )
+            raise UsageError(f"{storage.uri(name)} reads back with other bytes.", "Is there a cache in between?")
     finally:
         storage.remove(name)
     if storage.exists(name):

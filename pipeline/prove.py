@@ -94,9 +94,7 @@ class Prover:
             yield f"{unit.shard}: {_first_line(error)}"
             return
         sound = [row for row in rows if row["status"] == "success"]
-        expected = [
-            Member(row["member"], row["byte_offset"], row["byte_size"], row["sha256"]) for row in sound
-        ]
+        expected = [Member(row["member"], row["byte_offset"], row["byte_size"], row["sha256"]) for row in sound]
         names = [f"{row['key']}.json" for row in sound]
         if members[::2] != expected or [member.name for member in members[1::2]] != names:
             yield f"{unit.shard}: its members are not those of {unit.table}"

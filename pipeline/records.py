@@ -65,9 +65,7 @@ class Finished(Mapping[str, Record]):
     def _read(self, unit_id: str) -> Record:
         record = read_document(self._storage, self._paths[unit_id])
         if record.get("unit_id") != unit_id:
-            raise VerificationError(
-                f"{self._storage.uri(self._paths[unit_id])} is the commit record of another unit."
-            )
+            raise VerificationError(f"{self._storage.uri(self._paths[unit_id])} is the commit record of another unit.")
         return record
 
 

@@ -29,9 +29,7 @@ def read_documents(storage: Storage, entries: Iterable[Entry]) -> dict[str, dict
     Raises:
         VerificationError: one is no JSON object.
     """
-    paths = [
-        entry.path for entry in entries if entry.path.endswith(".json") and entry.path.startswith(_DOCUMENTS)
-    ]
+    paths = [entry.path for entry in entries if entry.path.endswith(".json") and entry.path.startswith(_DOCUMENTS)]
     return dict(zip(paths, in_threads(lambda path: read_document(storage, path), paths), strict=True))
 
 

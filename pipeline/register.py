@@ -59,9 +59,7 @@ class RegisterConfig:
 
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("/:.%\"'"):
-            raise UsageError(
-                f"{self.name!r} is no name for a registered model.", "Use letters, digits, - and _."
-            )
+            raise UsageError(f"{self.name!r} is no name for a registered model.", "Use letters, digits, - and _.")
 
 
 @dataclass(frozen=True)
@@ -203,9 +201,7 @@ def _logged_model(
     return model
 
 
-def _checked(
-    client: MlflowClient, version: ModelVersion, uri: str, package: Package, checkpoint: Path
-) -> int:
+def _checked(client: MlflowClient, version: ModelVersion, uri: str, package: Package, checkpoint: Path) -> int:
     """Self-check of a version; what passed before need not again. The outcome becomes a tag."""
     name, number = version.name, version.version
     passed = version.tags.get(SELF_CHECK, "").removeprefix("passed ")

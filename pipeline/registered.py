@@ -38,9 +38,7 @@ def fetch_registered(model_uri: str, tracking_uri: str, into: Path | None = None
         raise UsageError(f"{model_uri} was not registered by jobs/register.py.", "Register its checkpoint.")
     into = into or Path(tempfile.mkdtemp(prefix="iqpir-registered-"))
     # By its own address: a models:/ URI would be looked up at the process-wide registry.
-    location = MlflowClient(tracking_uri=tracking_uri).get_model_version_download_uri(
-        version.name, version.version
-    )
+    location = MlflowClient(tracking_uri=tracking_uri).get_model_version_download_uri(version.name, version.version)
     folder = Path(
         mlflow.artifacts.download_artifacts(
             artifact_uri=f"{location}/artifacts/model", dst_path=str(into), tracking_uri=tracking_uri
@@ -70,6 +68,4 @@ def resolve(model_uri: str, tracking_uri: str) -> ModelVersion:
             return client.get_model_version_by_alias(name, alias)
         return client.get_model_version(name, number)
     except MlflowException as error:
-        raise UsageError(
-            f"There is no model {model_uri}: {error.message}", "See the registry in MLflow."
-        ) from error
+        raise UsageError(f"There is no model {model_uri}: {error.message}", "See the registry in MLflow.") from error

@@ -182,9 +182,7 @@ def _figures(inputs: int, labelled: Labelled, view: View) -> dict[str, str]:
         "in the view": f"{view.table.num_rows:,}",
         "of these held back": f"{splits['val']:,}",
         "mean quality, all": f"{labelled.quality.mean():.3f}",
-        "mean quality, view": (
-            f"{labelled.quality[labelled.chosen].mean():.3f}" if labelled.chosen.any() else "none"
-        ),
+        "mean quality, view": (f"{labelled.quality[labelled.chosen].mean():.3f}" if labelled.chosen.any() else "none"),
     }
 
 
@@ -218,9 +216,7 @@ def agreement(metrics: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[str,
         for second, right in metrics.items():
             both = np.isfinite(left) & np.isfinite(right)
             constant = both.sum() < 3 or np.ptp(left[both]) == 0 or np.ptp(right[both]) == 0
-            table[first][second] = (
-                float("nan") if constant else float(spearmanr(left[both], right[both]).statistic)
-            )
+            table[first][second] = float("nan") if constant else float(spearmanr(left[both], right[both]).statistic)
     return table
 
 
@@ -249,9 +245,7 @@ def _sheets(config: ReportConfig, corpus: Corpus, labelled: Labelled, threshold:
     ]
 
 
-def _thumbs(
-    config: ReportConfig, corpus: Corpus, labelled: Labelled, numbers: Iterable[np.intp]
-) -> list[Thumb]:
+def _thumbs(config: ReportConfig, corpus: Corpus, labelled: Labelled, numbers: Iterable[np.intp]) -> list[Thumb]:
     def thumb(number: np.intp) -> Thumb:
         row = labelled.table.slice(int(number), 1).to_pylist()[0]
         picture = Image.fromarray(decode(corpus.read_sample(row), config.pixels).array)

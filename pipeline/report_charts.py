@@ -64,9 +64,7 @@ def quality_histogram(quality: Values, chosen: NDArray[np.bool_], threshold: flo
             x=alt.X("from:Q", bin="binned", title="quality", scale=alt.Scale(domain=[0, 1]), axis=_axis(10)),
             x2="to:Q",
             y=alt.Y("count:Q", title="samples", axis=_axis(5)),
-            color=alt.Color(
-                "set:N", scale=colours, legend=alt.Legend(title=None, orient="top", labelColor=_INK)
-            ),
+            color=alt.Color("set:N", scale=colours, legend=alt.Legend(title=None, orient="top", labelColor=_INK)),
         )
         .properties(width=width, height=170)
     )
@@ -103,9 +101,7 @@ def dial_curve(dial: Sequence[Sequence[float]], references: Mapping[str, float],
     heights = [row["measured"] for row in rows] + [float(value) for value in references.values()]
     low, high = min(heights, default=0.0), max(heights, default=1.0)
     room = max(0.02, 0.12 * (high - low))
-    scale = alt.Scale(
-        domain=[max(0.0, _down(low - room)), min(1.0, _up(high + room))], nice=False, zero=False
-    )
+    scale = alt.Scale(domain=[max(0.0, _down(low - room)), min(1.0, _up(high + room))], nice=False, zero=False)
     encoding = {
         "x": alt.X("requested:Q", title="requested quality", scale=alt.Scale(domain=[0, 1]), axis=_axis(6)),
         "y": alt.Y("measured:Q", title="measured quality", scale=scale, axis=_axis(5)),

@@ -106,9 +106,7 @@ def _head(page: Page) -> str:
 
 
 def _definitions(facts: Mapping[str, str]) -> str:
-    rows = "".join(
-        f'<dt>{escape(name)}</dt><dd class="mono">{escape(value)}</dd>' for name, value in facts.items()
-    )
+    rows = "".join(f'<dt>{escape(name)}</dt><dd class="mono">{escape(value)}</dd>' for name, value in facts.items())
     return f"<dl>{rows}</dl>"
 
 
@@ -155,8 +153,7 @@ def _quality(page: Page) -> str:
 
 def _metrics(page: Page) -> str:
     charts = "".join(
-        f'<figure class="card"><h3>{escape(name)}</h3>{chart}</figure>'
-        for name, chart in page.metric_charts.items()
+        f'<figure class="card"><h3>{escape(name)}</h3>{chart}</figure>' for name, chart in page.metric_charts.items()
     )
     return f'<section><h2>Metrics</h2><div class="row">{charts}{_agreement(page.agreement)}</div></section>'
 

@@ -99,9 +99,7 @@ class RunLog:
         courier = self._running()
         left = self._lost + (0 if courier is None else courier.close(deadline_seconds))
         if left:
-            log.warning(
-                "%d points of run %s are not delivered; spool: %s", left, self.handle.run_id, self._folder
-            )
+            log.warning("%d points of run %s are not delivered; spool: %s", left, self.handle.run_id, self._folder)
         if status is not None:
             end_run(self.handle, status)
         with self._started:

@@ -113,9 +113,7 @@ def score(config: ScoreConfig) -> ScoreResult:
     work = _Work(corpus.storage, fingerprints, config)
     for task, outcome in schedule(iter(tasks), work, len(tasks), "score", config.scheduling):
         if outcome.value is None:
-            failures.append(
-                Failure(unit_id=task.unit_id, ordinal=task.ordinal, kind=outcome.kind, error=outcome.error)
-            )
+            failures.append(Failure(unit_id=task.unit_id, ordinal=task.ordinal, kind=outcome.kind, error=outcome.error))
             continue
         committed += 1
         for name, (scored, failed) in outcome.value.items():
@@ -177,10 +175,7 @@ class _Work:
         metrics = [_loaded(name, self.config.device, self.config.weights_uri) for name in task.metrics]
         results = score_samples(corpus, rows, metrics, self.config.pixels, self.config.batch_pixels)
         found = [loaded.metric for loaded in metrics]
-        return {
-            metric.name: self._commit(corpus, task.unit, metric, rows, results[metric.name])
-            for metric in found
-        }
+        return {metric.name: self._commit(corpus, task.unit, metric, rows, results[metric.name]) for metric in found}
 
     def _commit(
         self,

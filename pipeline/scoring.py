@@ -154,9 +154,7 @@ def _decoded(
             yield row["key"], picture.array
 
 
-def _batches(
-    pictures: Iterable[tuple[str, Picture]], batch_pixels: int
-) -> Iterator[tuple[list[str], list[Picture]]]:
+def _batches(pictures: Iterable[tuple[str, Picture]], batch_pixels: int) -> Iterator[tuple[list[str], list[Picture]]]:
     """Groups of equal size, each of at most ``batch_pixels`` (one picture at least), in bounded memory."""
     waiting: dict[tuple[int, ...], list[tuple[str, Picture]]] = {}
     held = 0

@@ -113,9 +113,7 @@ def _unit(
     if former is not None and all(sizes.get(ref.path) == ref.bytes for ref in former.objects):
         return ManifestUnit(**{**asdict(former), "superseded": replaced})
     name = f"The commit record of unit {record['unit_id']}"
-    require_keys(
-        record, ("objects", "ordinal", "generation", "collection", "rows", "statuses", *COUNTS), name
-    )
+    require_keys(record, ("objects", "ordinal", "generation", "collection", "rows", "statuses", *COUNTS), name)
     refs = objects_of(name, record)
     table = next((ref for ref in refs if ref.path.startswith("samples/")), None)
     if table is None:
@@ -194,10 +192,7 @@ def _write(
         "settings": generations[0].facts["settings"],
         "generations": [
             {
-                **{
-                    name: item.facts[name]
-                    for name in ("generation", "collection", "input", "units", "inputs")
-                },
+                **{name: item.facts[name] for name in ("generation", "collection", "input", "units", "inputs")},
                 "plan_sha256": sha256_hex(to_json(item.facts)),
             }
             for item in generations

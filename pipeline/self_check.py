@@ -64,10 +64,7 @@ def check_version(model_uri: str, tracking_uri: str, package: str, checkpoint: P
         _write_requests(folder, pictures, cases)
         report = _run(model_uri, tracking_uri, folder)
         _check_origin(report, model_uri, package)
-        return max(
-            _compare(model_uri, folder, case, restorer, pictures, report["errors"][case.name])
-            for case in cases
-        )
+        return max(_compare(model_uri, folder, case, restorer, pictures, report["errors"][case.name]) for case in cases)
 
 
 def golden_pictures(side: int) -> dict[str, bytes]:
@@ -168,9 +165,7 @@ def _compare(
         ours = decode(restorer.restore(data, quality=case.quality, fidelity=case.fidelity)).array
         theirs = decode(answer.read_bytes()).array
         if ours.shape != theirs.shape:
-            raise VerificationError(
-                f"{model_uri} gives {theirs.shape} for {name}, the checkpoint {ours.shape}."
-            )
+            raise VerificationError(f"{model_uri} gives {theirs.shape} for {name}, the checkpoint {ours.shape}.")
         largest = max(largest, int(np.abs(ours.astype(int) - theirs.astype(int)).max()))
     if largest > TOLERANCE:
         raise VerificationError(f"{model_uri} differs from its checkpoint by {largest} of 255 ({case.name}).")

@@ -85,9 +85,7 @@ class ShardWork:
                 objects.append(publish_file(self.corpus, tar.path, tar.sha256, shard))
                 _name_shard(rows, shard)
             table = pa.Table.from_pylist(rows, schema=SAMPLES)
-            objects.append(
-                publish_table(self.corpus, table, lambda sha256: samples_path(unit.ordinal, sha256))
-            )
+            objects.append(publish_table(self.corpus, table, lambda sha256: samples_path(unit.ordinal, sha256)))
         return _record(unit, rows, objects)
 
     def _fill(self, tar: TarWriter, unit: ShardUnit, folder: Path) -> list[dict[str, Any]]:
@@ -138,9 +136,7 @@ class ShardWork:
         except FileNotFoundError as error:
             raise InputError("missing", "The file was planned and is gone.") from error
         if (now.size, now.etag) != (entry.size, entry.etag) or len(data) != entry.size:
-            raise InputError(
-                "input_changed", "The file changed after it was planned; run again to append it."
-            )
+            raise InputError("input_changed", "The file changed after it was planned; run again to append it.")
         return data
 
     def _samples(self, row: dict[str, Any], data: bytes, picture: Picture) -> list[Item]:
@@ -166,9 +162,7 @@ def input_key(collection: str, relpath: str) -> str:
     return sha256_hex(f"{collection}/{relpath}".encode())[:32]
 
 
-def ordered_map(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
-) -> Iterator[R]:
+def ordered_map(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
     """Results in the order of ``items``, at most ``ahead`` of them computed before they are taken."""
     waiting: deque[Future[R]] = deque()
     try:

@@ -216,9 +216,7 @@ class Storage:
         except ConditionsIgnoredError:
             return False
         except (PermissionError, NotADirectoryError) as error:
-            raise UsageError(
-                f"Cannot write to {self.url}: {error}.", "Check the path and its permissions."
-            ) from error
+            raise UsageError(f"Cannot write to {self.url}: {error}.", "Check the path and its permissions.") from error
         finally:
             self._discard_probe(path)
         return False

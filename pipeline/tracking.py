@@ -97,9 +97,7 @@ def reachable(tracking_uri: str) -> None:
             _sqlite_path(tracking_uri).parent.mkdir(parents=True, exist_ok=True)
         MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
     except UNAVAILABLE as error:
-        raise UsageError(
-            f"MLflow at {_shown(tracking_uri)} cannot be used: {_first_line(error)}", remedy
-        ) from error
+        raise UsageError(f"MLflow at {_shown(tracking_uri)} cannot be used: {_first_line(error)}", remedy) from error
 
 
 def open_run(
@@ -156,9 +154,7 @@ def find_run(tracking_uri: str, experiment: str, run: str) -> RunHandle:
     found = client.get_experiment_by_name(experiment)
     hit = None if found is None else _run_with_key(client, found.experiment_id, run)
     if hit is None:
-        raise UsageError(
-            f"Experiment {experiment} has no run with the key {run!r}.", "Give a run's id or run_key."
-        )
+        raise UsageError(f"Experiment {experiment} has no run with the key {run!r}.", "Give a run's id or run_key.")
     return RunHandle(hit.info.run_id, hit.info.experiment_id, tracking_uri)
 
 
@@ -202,9 +198,7 @@ def _experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
                 raise
             found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "active":
-        raise UsageError(
-            f"The MLflow experiment {name} was deleted.", "Restore it, or choose another --experiment."
-        )
+        raise UsageError(f"The MLflow experiment {name} was deleted.", "Restore it, or choose another --experiment.")
     return str(found.experiment_id)
 
 

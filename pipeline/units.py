@@ -170,9 +170,7 @@ def run_units(
         for unit, outcome in outcomes:
             if outcome.kind:
                 failures.append(
-                    Failure(
-                        unit_id=unit.unit_id, ordinal=unit.ordinal, kind=outcome.kind, error=outcome.error
-                    )
+                    Failure(unit_id=unit.unit_id, ordinal=unit.ordinal, kind=outcome.kind, error=outcome.error)
                 )
             else:
                 committed += 1

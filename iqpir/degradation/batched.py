@@ -78,9 +78,7 @@ def _bands(reach: NDArray[np.int64], device: torch.device) -> Iterator[tuple[int
         yield start, start + len(part), int(part[:, 0].min()), int(part[:, 1].max()) + 1
 
 
-def _sampling_matrices(
-    profiles: NDArray[np.float64], size: int, low_size: int
-) -> tuple[Tensor, NDArray[np.int64]]:
+def _sampling_matrices(profiles: NDArray[np.float64], size: int, low_size: int) -> tuple[Tensor, NDArray[np.int64]]:
     """Filtering with each profile, then bilinear sampling, as matrices.
 
     Args:

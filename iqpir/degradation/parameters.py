@@ -93,13 +93,9 @@ PRESETS: dict[str, DegradationConfig] = {
     # Stage 2, and the large one of stage 3 (published).
     "faces": DegradationConfig(),
     # The small one of stage 3 (published).
-    "fidelity": DegradationConfig(
-        blur_sigma=(0.1, 10.0), downsample=(1.0, 12.0), noise=(0.0, 15.0), jpeg=(60, 100)
-    ),
+    "fidelity": DegradationConfig(blur_sigma=(0.1, 10.0), downsample=(1.0, 12.0), noise=(0.0, 15.0), jpeg=(60, 100)),
     # Ours: pictures without one known structure keep enough detail to say what they show.
-    "natural": DegradationConfig(
-        blur_sigma=(0.2, 6.0), downsample=(1.0, 8.0), noise=(0.0, 15.0), jpeg=(40, 95)
-    ),
+    "natural": DegradationConfig(blur_sigma=(0.2, 6.0), downsample=(1.0, 8.0), noise=(0.0, 15.0), jpeg=(40, 95)),
     # Ours, for small crops of natural pictures: 24 to 28 dB in the mean.
     "tiny32": DegradationConfig(
         image_size=32,
@@ -227,9 +223,7 @@ def sample_parameters(
     return _from_draws(config, generator.random(_DRAWS), int(generator.integers(0, 2**63)))
 
 
-def parameters_for_key(
-    config: DegradationConfig, seed: int, key: str, stream: int = 0
-) -> DegradationParameters:
+def parameters_for_key(config: DegradationConfig, seed: int, key: str, stream: int = 0) -> DegradationParameters:
     """A fixed degradation for a sample's key: evaluation pairs depend on no order or number of samples."""
     index = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     return sample_parameters(config, seed, _KEYED_EPOCH, index, stream)
@@ -247,9 +241,7 @@ def _generator(seed: int, epoch: int, index: int, stream: int) -> np.random.Gene
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def _from_draws(
-    config: DegradationConfig, draws: NDArray[np.float64], noise_seed: int
-) -> DegradationParameters:
+def _from_draws(config: DegradationConfig, draws: NDArray[np.float64], noise_seed: int) -> DegradationParameters:
     def between(limits: tuple[float, float], position: int) -> float:
         low, high = limits
         return float(low + (high - low) * draws[position])

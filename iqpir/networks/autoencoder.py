@@ -99,9 +99,7 @@ class Generator(nn.Module):
         """Weight of the last convolution, to which the adversarial weight is balanced (VQGAN)."""
         return self.get_parameter(f"blocks.{len(self.blocks) - 1}.weight")
 
-    def forward(
-        self, latent: Tensor, refine: Mapping[int, Callable[[Tensor], Tensor]] | None = None
-    ) -> Tensor:
+    def forward(self, latent: Tensor, refine: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """[B,d,h,h] -> [B,3,R,R]; ``refine[size]`` is applied to the features of that side."""
         after = {self.taps[size]: function for size, function in (refine or {}).items()}
         features = latent

@@ -111,9 +111,7 @@ class EmaConfig:
         if not 0.0 <= self.revive_below < 1.0:
             raise UsageError(f"revive_below {self.revive_below} is outside [0, 1).")
         if self.epsilon <= 0 or min(self.kmeans_iterations, self.revive_every, self.kmeans_points - 1) < 0:
-            raise UsageError(
-                "epsilon, kmeans_points must be positive; kmeans_iterations, revive_every not negative."
-            )
+            raise UsageError("epsilon, kmeans_points must be positive; kmeans_iterations, revive_every not negative.")
 
 
 class EmaCodebook:
@@ -148,9 +146,7 @@ class EmaCodebook:
         pool = gather_rows(self._sample(rows, max(1, self.config.kmeans_points // ranks)))
         if len(pool) == 0:
             return False
-        centroids, counts = k_means(
-            pool, self.quantizer.size, self.config.kmeans_iterations, self._generator(rank=-1)
-        )
+        centroids, counts = k_means(pool, self.quantizer.size, self.config.kmeans_iterations, self._generator(rank=-1))
         placed = torch.cat([centroids, counts[:, None]], dim=1)
         if _distributed():
             # Ranks may run different kernels: one of them decides.
@@ -176,9 +172,7 @@ class EmaCodebook:
         weights = torch.ones(len(latent), device=rows.device) if gate is None else gate.float()
         weights = weights.repeat_interleave(codes[0].numel())[:, None]
         found = torch.zeros(self.quantizer.size, rows.shape[1] + 1, device=rows.device)
-        found.index_add_(
-            0, codes.flatten(), torch.cat([rows, weights.new_ones(len(rows), 1)], dim=1) * weights
-        )
+        found.index_add_(0, codes.flatten(), torch.cat([rows, weights.new_ones(len(rows), 1)], dim=1) * weights)
         sum_over_ranks(found)
         # A step without any counted sample teaches nothing; decided without waiting for the device.
         share = torch.where(found[:, -1].sum() > 0, 1.0 - self.config.decay, 0.0)

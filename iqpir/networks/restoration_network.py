@@ -49,8 +49,7 @@ class RestorationNetwork(nn.Module):
         self.feat_emb = nn.Linear(channels, width)
         self.score_embed = _score_embedding(config)
         self.ft_layers = nn.ModuleList(
-            CodeTransformerLayer(width, config.transformer_heads, modulated)
-            for _ in range(config.transformer_layers)
+            CodeTransformerLayer(width, config.transformer_heads, modulated) for _ in range(config.transformer_layers)
         )
         self.idx_pred_layer = code_head(width, config.codebook_size * self.books)
         self.fuse_convs_dict = nn.ModuleDict(
@@ -75,9 +74,7 @@ class RestorationNetwork(nn.Module):
         with torch.no_grad():
             return self._codes(self.encode(pictures))
 
-    def quantise(
-        self, raw_latent: Tensor, quality: Tensor | None, config: QuantiserConfig = PUBLISHED
-    ) -> Quantised:
+    def quantise(self, raw_latent: Tensor, quality: Tensor | None, config: QuantiserConfig = PUBLISHED) -> Quantised:
         """Stage 1: both codebooks, the HQ+ one only for samples with quality above the threshold.
 
         Args:
@@ -99,9 +96,7 @@ class RestorationNetwork(nn.Module):
             gate,
         )
 
-    def decode(
-        self, latent: Tensor, taps: Mapping[int, Tensor] | None = None, fidelity: float = 0.0
-    ) -> Tensor:
+    def decode(self, latent: Tensor, taps: Mapping[int, Tensor] | None = None, fidelity: float = 0.0) -> Tensor:
         """Latent [B,d,h,h] -> pictures [B,3,R,R], about [-1,1].
 
         With ``fidelity`` > 0 the encoder features ``taps`` (no gradient goes to them) correct the decoder's;
@@ -174,9 +169,7 @@ class RestorationNetwork(nn.Module):
         hq = self.quantize_aesthetic.soft_lookup(hq_logits, tau)
         return self._fuse_books(common, hq, self._gate(quality, len(logits), logits.device))
 
-    def forward(
-        self, pictures: Tensor, quality: Tensor | None, fidelity: float = 0.0, adain: bool = True
-    ) -> Tensor:
+    def forward(self, pictures: Tensor, quality: Tensor | None, fidelity: float = 0.0, adain: bool = True) -> Tensor:
         """Restored pictures [B,3,R,R], about [-1,1], not clamped.
 
         Args:
@@ -255,9 +248,7 @@ class RestorationNetwork(nn.Module):
             raise UsageError("This network needs a quality for every picture.", "Pass one, such as 0.95.")
         return quality
 
-    def _corrections(
-        self, taps: Mapping[int, Tensor] | None, fidelity: float
-    ) -> dict[int, "partial[Tensor]"]:
+    def _corrections(self, taps: Mapping[int, Tensor] | None, fidelity: float) -> dict[int, "partial[Tensor]"]:
         if not taps:
             raise ValueError("fidelity > 0 needs the encoder features of predict(..., taps=True)")
         return {

@@ -1,0 +1,325 @@
+"""Evaluate a checkpoint on held-back pictures: quality, fidelity, and whether the dial does what it says.
+
+The pairs are fixed: the degradation of a picture is a function of the seed and the picture's key, so two
+models that are evaluated with the same digest saw the same pictures (docs/method.md, "Evaluation").
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from iqpir.config import digest
+from iqpir.degradation.parameters import (
+    DegradationConfig,
+    degradation_preset,
+    parameters_for_key,
+    scaled,
+)
+from iqpir.degradation.reference import degrade
+from iqpir.errors import UsageError, VerificationError
+from iqpir.pixels import PixelPolicy, decode, encode_png
+from iqpir.quality_prior import Scorer
+from iqpir.restorer import Restorer
+from iqpir.training import checkpoint
+from pipeline.calibration import Calibration, read_calibration
+from pipeline.checkpoints import fetch_checkpoint
+from pipeline.corpus import Corpus
+from pipeline.feed import Fit, Picture, fit_picture, pictures_to_tensor
+from pipeline.metrics import find_metrics
+from pipeline.progress import progress
+from pipeline.shard_cache import ShardCache
+from pipeline.storage import Storage
+from pipeline.view import View, read_view
+
+DIAL = tuple(round(0.05 + 0.1 * step, 2) for step in range(10))
+"""Requested qualities of the dial curve: 0.05, 0.15 ... 0.95."""
+EVALUATION = "evaluation.json"
+EXAMPLES = 8
+"""Pictures shown in the montage and kept as files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is evaluated, on which held-back pictures, by which metrics."""
+
+    corpus: str
+    """Folder or URL of the corpus."""
+    view: str
+    """View whose ``val`` split is restored: name or name@v0001."""
+    checkpoint: str
+    """Checkpoint directory, or a run's folder (its newest checkpoint)."""
+    output: str = ""
+    """Folder or URL for evaluation.json and montage.png; the checkpoint's run by default."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the measured quality; those of the view's calibration by default."""
+    degradation: str = ""
+    """Preset of the degradation; the one of the checkpoint's training by default."""
+    dial: tuple[float, ...] = DIAL
+    """Requested qualities of the dial curve."""
+    quality: float = 0.95
+    """Requested quality of the restored pictures in the headline figures."""
+    samples: int = 128
+    """At most so many pictures, the first by the hash in their key."""
+    fit: Fit = "exact"
+    """How a picture becomes the network's size; as in training."""
+    seed: int = 2603
+    """Of the degradations."""
+    device: str = "cpu"
+    """Where the network and the metrics run."""
+    pixels: PixelPolicy = field(default_factory=PixelPolicy)
+    """How bytes become pixels."""
+
+    def __post_init__(self) -> None:
+        if len(self.dial) < 3 or not all(0 <= value <= 1 for value in (*self.dial, self.quality)):
+            raise UsageError("dial needs three or more values, all in [0, 1].")
+        if self.samples < 1:
+            raise UsageError(f"samples {self.samples} is no positive number.")
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What evaluation.json holds, and where it is."""
+
+    digest: str
+    quality: dict[str, float]
+    dial: list[list[float]]
+    dial_spearman: float
+    dial_range: float
+    psnr: dict[str, float]
+    ssim: dict[str, float]
+    metrics: dict[str, dict[str, Any]]
+    samples: int
+    checkpoint: str
+    lineage: dict[str, str]
+    output: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean figures of one set of pictures."""
+
+    quality: float
+    scores: Mapping[str, float]
+    """Calibrated, per metric, in [0,1]."""
+    psnr: float
+    ssim: float
+
+
+class Judge:
+    """Measures pictures: calibrated quality by the ensemble, PSNR and SSIM against HQ."""
+
+    def __init__(self, calibration: Calibration, metrics: list[str], device: str, hq: list[Picture]) -> None:
+        self.calibration, self.hq = calibration, hq
+        self.scorers = {metric.name: metric.scorer(device, None) for metric in find_metrics(metrics)}
+
+    def measure(self, pictures: list[Picture]) -> Measured:
+        """Means over the set; pictures are uint8 RGB HWC, in the order of the HQ ones."""
+        raw = {name: score_pictures(scorer, pictures) for name, scorer in self.scorers.items()}
+        calibrated = self.calibration.calibrate(raw)
+        quality = self.calibration.quality(raw)
+        pairs = list(zip(self.hq, pictures, strict=True))
+        return Measured(
+            float(quality.mean()),
+            {name: float(values.mean()) for name, values in calibrated.items()},
+            float(np.mean([_psnr(hq, picture) for hq, picture in pairs])),
+            float(np.mean([structural_similarity(hq, picture, channel_axis=2) for hq, picture in pairs])),
+        )
+
+
+def _psnr(hq: Picture, picture: Picture) -> float:
+    """In dB, at most 100 (identical pictures)."""
+    if np.array_equal(hq, picture):
+        return 100.0
+    return min(100.0, float(peak_signal_noise_ratio(hq, picture, data_range=255)))
+
+
+def score_pictures(scorer: Scorer, pictures: list[Picture], batch_size: int = 32) -> NDArray[np.float64]:
+    """Raw scores [N] of uint8 RGB HWC pictures of one size."""
+    scores = []
+    with torch.inference_mode():
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures_to_tensor(pictures[start : start + batch_size]).add_(1).div_(2)
+            scores.append(scorer(batch).double().cpu().numpy())
+    return np.concatenate(scores)
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateResult:
+    """Restore held-back pictures at every dial setting and measure quality and fidelity.
+
+    Raises:
+        UsageError: no view, no val split, no checkpoint, an unknown metric.
+        VerificationError: the checkpoint was trained with labels of another calibration.
+    """
+    corpus = Corpus(config.corpus)
+    view = read_view(corpus, config.view)
+    directory = fetch_checkpoint(config.checkpoint)
+    found = checkpoint.load(directory)
+    _require_same_calibration(found.metadata["lineage"], view)
+    calibration = read_calibration(corpus, view.facts["calibration_name"])
+    metrics = config.metrics or list(calibration.metrics)
+    degradation = _degradation(config, found)
+    rows = sorted(view.split("val").to_pylist(), key=_by_key)[: config.samples]
+    identity = {
+        "pictures": [row["sha256"] for row in rows],
+        "degradation": degradation.to_dict(),
+        "seed": config.seed,
+        "fit": config.fit,
+        "pixels": config.pixels.digest(),
+        "size": found.network_config.image_size,
+        "calibration": calibration.digest,
+        "metrics": metrics,
+        "dial": list(config.dial),
+        "quality": config.quality,
+    }
+    output = Storage.open(config.output or f"{_run_of(config.checkpoint)}/evaluation")
+    weights = str(found.metadata["weights_digest"])
+    earlier = _earlier(output, digest(identity, 32), weights)
+    if earlier is not None:
+        return earlier
+    hq = _pictures(corpus, rows, found.network_config.image_size, config)
+    lq = [
+        degrade(picture, parameters_for_key(degradation, config.seed, row["key"]))
+        for picture, row in zip(hq, rows, strict=True)
+    ]
+    judge = Judge(calibration, metrics, config.device, hq)
+    restorer = Restorer.load(directory, device=config.device)
+    settings = sorted({*config.dial, config.quality})
+    restored: dict[float, list[Picture]] = {}
+    measured: dict[float, Measured] = {}
+    with progress(len(settings) + 2, "evaluate") as meter:
+        bases = {}
+        for name, pictures in (("lq", lq), ("hq", hq)):
+            bases[name] = judge.measure(pictures)
+            meter.advance(note=name)
+        for setting in settings:
+            restored[setting] = list(restorer.restore_batch(lq, quality=setting))
+            measured[setting] = judge.measure(restored[setting])
+            meter.advance(note=f"dial {setting}")
+    result = _result(config, bases, measured, digest(identity, 32), found, len(rows), output.url)
+    _write(output, result, weights, rows, lq, hq, [restored[setting] for setting in _shown(settings)])
+    return result
+
+
+def _by_key(row: dict[str, Any]) -> str:
+    return str(row["key"])
+
+
+def _require_same_calibration(lineage: Mapping[str, str], view: View) -> None:
+    if lineage.get("calibration") != view.facts["calibration"]:
+        raise VerificationError(
+            f"The checkpoint was trained with calibration {lineage.get('calibration')}, the view "
+            f"{view.reference} has {view.facts['calibration']}: quality would mean two things.",
+            "Evaluate on a view of the labels it was trained with.",
+        )
+
+
+def _degradation(config: EvaluateConfig, found: checkpoint.Checkpoint) -> DegradationConfig:
+    name = config.degradation or found.metadata["lineage"].get("degradation", "")
+    if not name:
+        raise UsageError(f"The checkpoint {config.checkpoint} names no degradation.", "Give one with --degradation.")
+    return scaled(degradation_preset(name), found.network_config.image_size)
+
+
+def _run_of(checkpoint_url: str) -> str:
+    """Folder of the run that a checkpoint location belongs to."""
+    run, separator, _ = checkpoint_url.rstrip("/").rpartition("/checkpoints/")
+    return run if separator else checkpoint_url.rstrip("/")
+
+
+def _pictures(corpus: Corpus, rows: list[dict[str, Any]], size: int, config: EvaluateConfig) -> list[Picture]:
+    cache = ShardCache(corpus)
+    return [
+        fit_picture(
+            decode(cache.read(row["shard"], row["byte_offset"], row["byte_size"]), config.pixels).array,
+            size,
+            config.fit,
+        )
+        for row in rows
+    ]
+
+
+def _result(
+    config: EvaluateConfig,
+    bases: Mapping[str, Measured],
+    measured: Mapping[float, Measured],
+    identity: str,
+    found: checkpoint.Checkpoint,
+    samples: int,
+    output: str,
+) -> EvaluateResult:
+    best = measured[config.quality]
+    curve = [[setting, measured[setting].quality] for setting in config.dial]
+    spearman = float(spearmanr(*zip(*curve, strict=True)).statistic)
+    prior = found.metadata["lineage"].get("prior", "").split()
+    return EvaluateResult(
+        digest=identity,
+        quality={name: value.quality for name, value in (*bases.items(), ("restored", best))},
+        dial=curve,
+        dial_spearman=0.0 if math.isnan(spearman) else spearman,
+        dial_range=curve[-1][1] - curve[0][1],
+        psnr={"lq": bases["lq"].psnr, "restored": best.psnr},
+        ssim={"lq": bases["lq"].ssim, "restored": best.ssim},
+        metrics={
+            name: {
+                **{base: bases[base].scores[name] for base in bases},
+                "restored": best.scores[name],
+                "dial": [measured[setting].scores[name] for setting in config.dial],
+                "in_loss": name in prior,
+            }
+            for name in best.scores
+        },
+        samples=samples,
+        checkpoint=config.checkpoint,
+        lineage=dict(found.metadata["lineage"]),
+        output=output,
+    )
+
+
+def _earlier(output: Storage, identity: str, weights: str) -> EvaluateResult | None:
+    """The result that is there already, if it is of these weights and this evaluation."""
+    if not output.exists(EVALUATION):
+        return None
+    values = json.loads(output.read(EVALUATION))
+    if values.pop("weights_digest", None) != weights or values["digest"] != identity:
+        return None
+    return EvaluateResult(**values)
+
+
+def _shown(settings: list[float]) -> list[float]:
+    """The lowest, the middle and the highest setting."""
+    return [settings[0], settings[len(settings) // 2], settings[-1]]
+
+
+def _write(
+    output: Storage,
+    result: EvaluateResult,
+    weights: str,
+    rows: list[dict[str, Any]],
+    lq: list[Picture],
+    hq: list[Picture],
+    columns: list[list[Picture]],
+) -> None:
+    """Examples first, evaluation.json last: where it is, everything is."""
+    for row, picture in list(zip(rows, lq, strict=True))[:EXAMPLES]:
+        output.publish(f"lq/{row['key']}.png", encode_png(picture))
+    picture = montage([lq, *columns, hq], min(EXAMPLES, len(hq)))
+    output.publish("montage.png", encode_png(picture))
+    values = {**dataclasses.asdict(result), "weights_digest": weights}
+    output.publish(EVALUATION, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+
+
+def montage(columns: list[list[Picture]], count: int, smallest: int = 96) -> Picture:
+    """A row per picture, a column per version, in whole-number enlargement: uint8 RGB HWC."""
+    times = max(1, smallest // columns[0][0].shape[0])
+    lines = [np.concatenate([column[i] for column in columns], axis=1) for i in range(count)]
+    sheet = np.concatenate(lines, axis=0)
+    return np.ascontiguousarray(sheet.repeat(times, axis=0).repeat(times, axis=1))

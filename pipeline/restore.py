@@ -1,0 +1,181 @@
+"""Restore a folder of pictures with a registered model or a checkpoint; every input has a row that says how.
+
+A picture that cannot be restored is a row with the reason, never a copy of the input.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+
+import pandas as pd
+
+from iqpir.config import digest
+from iqpir.errors import PermanentError, UsageError
+from iqpir.pixels import PictureError
+from iqpir.restorer import Restorer
+from pipeline.checkpoints import fetch_checkpoint
+from pipeline.progress import progress
+from pipeline.storage import Entry, Storage
+from pipeline.tracking import tracking_location
+
+RECORD = "restored.jsonl"
+_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"])
+Restore = Callable[[bytes], tuple[bytes | None, str | None]]
+"""Picture bytes -> (PNG bytes, None) or (None, why not)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreConfig:
+    """What is restored, by which model, how good."""
+
+    model: str
+    """``models:/iqpir@champion`` (or any MLflow model URI), a checkpoint directory, or a run's folder."""
+    input: str
+    """Folder or URL with pictures."""
+    output: str
+    """Folder or URL for the restored PNGs and restored.jsonl."""
+    quality: float = 0.95
+    """Wanted quality, 0 to 1."""
+    fidelity: float = 0.0
+    """0: best quality; 1: closest to the input (needs a stage-3 model)."""
+    tracking_uri: str = ""
+    """MLflow server or database of ``models:/`` URIs; $MLFLOW_TRACKING_URI or the workspace's by default."""
+    device: str = "cpu"
+    """Where a checkpoint runs; a registered model chooses by itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("quality", "fidelity"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"{name} {getattr(self, name)} is outside [0, 1].")
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """Counts over all inputs, this time and earlier."""
+
+    output: str
+    inputs: int
+    restored: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of restored.jsonl: what became of one input."""
+
+    relpath: str
+    etag: str
+    request: str
+    output: str | None
+    error: str | None
+
+
+def restore(config: RestoreConfig) -> RestoreResult:
+    """Restore every picture below ``input``; what an earlier run restored alike is skipped.
+
+    Raises:
+        UsageError: no such model, no pictures.
+        PermanentError: not one picture could be restored.
+    """
+    started = time.monotonic()
+    source, target = Storage.open(config.input), Storage.open(config.output)
+    entries = [e for e in source.list() if PurePosixPath(e.path).suffix.lower() in _SUFFIXES]
+    if not entries:
+        raise UsageError(f"There are no pictures below {config.input}.", f"Known: {' '.join(sorted(_SUFFIXES))}.")
+    request = digest([config.model, config.quality, config.fidelity])
+    earlier = _earlier(target, request)
+    names = _output_names(entries)
+    todo = [entry for entry in entries if earlier.get(entry.path) != entry.etag]
+    rows = [row for row in _read_record(target) if row.request == request and row.error is None]
+    rows = [row for row in rows if row.relpath not in {entry.path for entry in todo}]
+    skipped = len(rows)
+    if todo:
+        run = _restorer(config)
+        with progress(len(todo), "restore") as meter:
+            for entry in todo:
+                picture, error = run(source.read(entry.path))
+                if picture is not None:
+                    target.publish(names[entry.path], picture)
+                output = names[entry.path] if picture is not None else None
+                rows.append(Row(entry.path, entry.etag, request, output, error))
+                meter.advance()
+        record = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in sorted(rows, key=_by_path))
+        target.publish(RECORD, record.encode())
+    failed = [row for row in rows if row.error is not None]
+    if len(failed) == len(entries):
+        raise PermanentError(
+            f"Not one of {len(entries)} pictures could be restored; the first: {failed[0].error}",
+            f"{target.uri(RECORD)} has a reason for each.",
+        )
+    return RestoreResult(
+        target.url, len(entries), len(rows) - len(failed), len(failed), skipped, time.monotonic() - started
+    )
+
+
+def _by_path(row: Row) -> str:
+    return row.relpath
+
+
+def _read_record(target: Storage) -> Iterator[Row]:
+    if target.exists(RECORD):
+        for line in target.read(RECORD).decode().splitlines():
+            yield Row(**json.loads(line))
+
+
+def _earlier(target: Storage, request: str) -> dict[str, str]:
+    """etag of each input that this same request has restored, and whose output is still there."""
+    present = {entry.path for entry in target.list()}
+    return {
+        row.relpath: row.etag
+        for row in _read_record(target)
+        if row.request == request and row.error is None and row.output in present
+    }
+
+
+def _output_names(entries: list[Entry]) -> dict[str, str]:
+    """``a/b.jpg`` -> ``a/b.png``; ``a/b.jpg.png`` where two inputs would share that name."""
+    short = {entry.path: str(PurePosixPath(entry.path).with_suffix(".png")) for entry in entries}
+    taken = Counter(short.values())
+    return {path: name if taken[name] == 1 else f"{path}.png" for path, name in short.items()}
+
+
+def _restorer(config: RestoreConfig) -> Restore:
+    """A function over bytes, from a registered model or a checkpoint."""
+    if config.model.startswith(("models:/", "runs:/")):
+        return _registered(config)
+    restorer = Restorer.load(fetch_checkpoint(config.model), device=config.device)
+
+    def run(data: bytes) -> tuple[bytes | None, str | None]:
+        try:
+            return restorer.restore(data, quality=config.quality, fidelity=config.fidelity), None
+        except PictureError as error:
+            return None, str(error)
+
+    return run
+
+
+def _registered(config: RestoreConfig) -> Restore:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(tracking_location(config.tracking_uri))
+    try:
+        model = mlflow.pyfunc.load_model(config.model)
+    except MlflowException as error:
+        raise UsageError(
+            f"Cannot load {config.model}: {error.message}",
+            "jobs/register.py registers a model; see docs/jobs.md.",
+        ) from error
+
+    def run(data: bytes) -> tuple[bytes | None, str | None]:
+        frame = pd.DataFrame({"image": [data]})
+        row = model.predict(frame, params={"quality": config.quality, "fidelity": config.fidelity}).iloc[0]
+        restored = row["image"]
+        return (bytes(restored), None) if isinstance(restored, bytes) else (None, str(row["error"]))
+
+    return run

@@ -1,0 +1,135 @@
+"""Train stage 2 from a view: predict the codes of the good picture from the degraded one and a wanted quality."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from iqpir.degradation.parameters import DegradationConfig, degradation_preset, scaled
+from iqpir.errors import UsageError, VerificationError
+from iqpir.networks.restoration_network import RestorationNetwork, build
+from iqpir.stages.stage2 import Stage2, Stage2Config
+from iqpir.training import checkpoint
+from iqpir.training.distributed import Distributed
+from pipeline.checkpoints import fetch_checkpoint
+from pipeline.corpus import Corpus
+from pipeline.encode import codes_digest, codes_fingerprint
+from pipeline.prior import build_prior, check_prior
+from pipeline.storage import Storage
+from pipeline.train import (
+    Parts,
+    Prepared,
+    Training,
+    TrainResult,
+    lineage_of,
+    network_config,
+    run_training,
+    run_worker,
+    training_feed,
+)
+from pipeline.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Training(Training):
+    """Stage 2: degraded pictures and their quality to the codes of stage 1."""
+
+    stage1: str
+    """Stage-1 checkpoint, or its run's folder (the newest checkpoint)."""
+    stage: Stage2Config = field(default_factory=Stage2Config)
+    """Losses and schedule."""
+    codes: Literal["cached", "online"] = "cached"
+    """``cached``: what jobs/encode.py wrote for this stage 1; ``online``: encode in every step."""
+    degradation: str = "faces"
+    """Preset of the degradation, scaled to the network's size."""
+    prior: list[str] = field(default_factory=lambda: ["rank"])
+    """Differentiable metrics of the quality loss, calibrated as the view's labels are."""
+    stage_name: ClassVar[str] = "stage2"
+
+
+def train_stage2(training: Stage2Training) -> TrainResult:
+    """Learn to predict codes from a degraded picture and a wanted quality."""
+    return run_training(training, prepare, worker)
+
+
+def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
+    """In the driver: stage 1 and its codes belong to this view's calibration; the prior has gradients."""
+    found = checkpoint.load(fetch_checkpoint(training.stage1))
+    if found.stage not in ("stage1", "stage2"):
+        raise UsageError(f"{training.stage1} is a checkpoint of {found.stage}, not of stage 1.")
+    lineage = lineage_of(corpus, view)
+    require_same_calibration(found, lineage, view)
+    lineage["stage1"] = str(found.metadata["stage1_digest"])
+    facts = {"stage1": Storage.open(training.stage1).url}
+    if training.codes == "cached":
+        facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)
+        lineage["codes"] = codes_digest(corpus, facts["codes"], lineage["stage1"])
+    if training.stage.quality_weight > 0:
+        check_prior(corpus, view, training.prior)
+        lineage["prior"] = " ".join(training.prior)
+    lineage["degradation"] = training.degradation
+    degradation_for(training.degradation, found.network_config.image_size)
+    return Prepared(network_config(training, found.network_config), lineage, facts)
+
+
+def require_same_calibration(found: checkpoint.Checkpoint, lineage: Mapping[str, str], view: View) -> None:
+    """Refuse a checkpoint for which quality means something else than for the view.
+
+    Raises:
+        VerificationError: the calibration digests differ.
+    """
+    theirs = found.metadata["lineage"].get("calibration")
+    if theirs != lineage["calibration"]:
+        raise VerificationError(
+            f"{found.stage} was trained with calibration {theirs}, the view {view.reference} has "
+            f"{lineage['calibration']}: quality would mean two things.",
+            "Use a checkpoint of the view's own labels, or curate a view from the labels it was trained with.",
+        )
+
+
+def degradation_for(name: str, image_size: int) -> DegradationConfig:
+    """The degradation preset called ``name``, scaled to pictures of ``image_size``."""
+    return scaled(degradation_preset(name), image_size)
+
+
+def worker(plan: Mapping[str, Any]) -> None:
+    """What each worker runs."""
+    run_worker(plan, Stage2Training, assemble)
+
+
+def assemble(training: Stage2Training, prepared: Prepared, distributed: Distributed) -> Parts:
+    """In a worker: stage, state with stage 1's weights, and feed."""
+    network = build(prepared.network).to(distributed.device)
+    load_stage1(network, prepared)
+    teacher = None
+    if training.codes == "online":
+        teacher = build(prepared.network).to(distributed.device)
+        load_stage1(teacher, prepared)
+    prior = None
+    if training.stage.quality_weight > 0:
+        prior = build_prior(Corpus(training.corpus), training.view, training.prior, distributed.device)
+    stage = Stage2(
+        training.stage,
+        quality_prior=prior,
+        teacher=teacher,
+        precision=training.precision,
+        distributed=distributed,
+    )
+    state = stage.initial_state(network, seed=training.seed)
+    degradation = degradation_for(training.degradation, prepared.network.image_size)
+    return Parts(stage, state, training_feed(training, prepared, distributed, degradation))
+
+
+def load_stage1(network: RestorationNetwork, prepared: Prepared) -> None:
+    """Give ``network`` the autoencoder of stage 1.
+
+    Raises:
+        VerificationError: the checkpoint there now is not the one that the driver saw.
+    """
+    found = checkpoint.load(fetch_checkpoint(prepared.facts["stage1"]))
+    if found.metadata["stage1_digest"] != prepared.lineage["stage1"]:
+        raise VerificationError(
+            f"{prepared.facts['stage1']} has other weights ({found.metadata['stage1_digest'][:12]}) than at the start "
+            f"({prepared.lineage['stage1'][:12]}).",
+            "Name one checkpoint directory instead of a run that is still training.",
+        )
+    network.load_autoencoder(found.model)
