@@ -6,7 +6,6 @@ same name is refused) and ``checkpoints/``. The same command continues it, on an
 
 import dataclasses
 import json
-import logging
 import signal
 import tempfile
 import threading
@@ -45,9 +44,10 @@ from pipeline.tracking import (
 )
 from pipeline.view import View, read_view
 
-log = logging.getLogger(__name__)
 RUN = "run.json"
 RESULT = "result.json"
+PROGRESS = "progress.json"
+_POLL_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +206,13 @@ def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[st
         "lineage": prepared.lineage,
         "facts": prepared.facts,
         "handle": dataclasses.asdict(handle),
+        "spool": str(_spool_folder()),
         "ray_storage": storage.child("ray").url,
     }
     status = "FAILED"
     try:
-        launch(worker, plan, training.launcher, training.workers, training.name)
+        with _watching(training, storage):
+            launch(worker, plan, training.launcher, training.workers, training.name)
         result = json.loads(storage.read(RESULT))
         status = "FINISHED" if result["status"] == "done" else "KILLED"
     finally:
@@ -226,44 +228,92 @@ def run_worker(plan: Mapping[str, Any], training_type: type[Training], build: Bu
     distributed = Distributed.current(device)
     torch.manual_seed(training.seed)
     parts = build(training, prepared, distributed)
-    folder = Path(tempfile.mkdtemp(prefix=f"iqpir-{training.name}-"))
-    run_log = RunLog(RunHandle(**plan["handle"]), folder / "spool")
-    with _step_meter(training, distributed) as report:
-        result = fit(
-            parts.stage,
-            parts.state,
-            parts.source,
-            config=training.fit_config(),
-            sink=checkpoint_sink(training.run_url, training.keep),
-            log=run_log,
-            workspace=folder,
-            distributed=distributed,
-            lineage=prepared.lineage,
-            stop=_stop_flag(),
-            progress=report,
-        )
-    undelivered = run_log.close() if distributed.is_main else 0
-    if undelivered:
-        log.warning("%d metric points did not reach MLflow; they are in %s", undelivered, folder / "spool")
+    handle = RunHandle(**plan["handle"])
+    run_log = RunLog(handle, Path(plan["spool"]))
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=f"iqpir-{training.name}-") as folder,
+            _step_meter(training, distributed) as report,
+            _stop_flag() as stop,
+        ):
+            result = fit(
+                parts.stage,
+                parts.state,
+                parts.source,
+                config=training.fit_config(),
+                sink=checkpoint_sink(training.run_url, training.keep),
+                log=run_log,
+                workspace=Path(folder),
+                distributed=distributed,
+                lineage=prepared.lineage,
+                stop=stop,
+                progress=report,
+            )
+    finally:
+        if distributed.is_main:
+            run_log.close()
     if distributed.is_main:
-        Storage.open(training.run_url).publish(RESULT, _json(dataclasses.asdict(result)))
+        outcome = {**dataclasses.asdict(result), "mlflow_run": handle.run_id}
+        Storage.open(training.run_url).publish(RESULT, _json(outcome))
+    # Under torchrun each rank is its own driver, and reads the result next.
+    distributed.barrier()
 
 
 @contextmanager
 def _step_meter(training: Training, distributed: Distributed) -> Iterator[Callable[[int, int], None]]:
-    """Progress by step number, on rank 0 alone; steps before a resume count as done."""
+    """Progress by step number, on rank 0 alone; a worker of Ray leaves it where the driver looks."""
     if not distributed.is_main:
         yield lambda step, steps: None
+    elif training.launcher == "ray":
+        storage, spoken = Storage.open(training.run_url), 0.0
+
+        def leave(step: int, steps: int) -> None:
+            nonlocal spoken
+            if step == steps or time.monotonic() - spoken > _POLL_SECONDS:
+                spoken = time.monotonic()
+                storage.publish(PROGRESS, _json({"step": step}))
+
+        yield leave
+    else:
+        with _meter(training) as show:
+            yield show
+
+
+@contextmanager
+def _watching(training: Training, storage: Storage) -> Iterator[None]:
+    """In the driver: show how far the workers of Ray are, whose output stays on their nodes."""
+    if training.launcher != "ray":
+        yield
         return
+    ended = threading.Event()
+
+    def watch(show: Callable[[int, int], None]) -> None:
+        while not ended.wait(_POLL_SECONDS):
+            if storage.exists(PROGRESS):
+                show(json.loads(storage.read(PROGRESS))["step"], training.steps)
+
+    with _meter(training) as show:
+        thread = threading.Thread(target=watch, args=(show,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextmanager
+def _meter(training: Training) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the run's steps; steps before a resume count as done."""
     with progress(training.steps, training.name) as meter:
         last = 0
 
-        def report(step: int, steps: int) -> None:
+        def show(step: int, steps: int) -> None:
             nonlocal last
             meter.advance(step - last, f"step {step} of {steps}")
             last = step
 
-        yield report
+        yield show
 
 
 def _claim(training: Training, prepared: Prepared, storage: Storage) -> str:
@@ -367,13 +417,31 @@ def _device(launcher: Launcher) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _stop_flag() -> Callable[[], bool]:
-    """True after SIGTERM or SIGINT. Workers of Ray train in another thread, where signals do not arrive."""
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """True after SIGTERM or SIGINT, until the block ends. Ray's workers train in another thread, without signals."""
     raised = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: raised.set())
-    return raised.is_set
+    if threading.current_thread() is not threading.main_thread():
+        yield raised.is_set
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: raised.set()) for number in numbers]
+    try:
+        yield raised.is_set
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _spool_folder() -> Path:
+    """Where points wait for MLflow, on each node: in the workspace, so that a restarted worker finds them.
+
+    A remote workspace has no such place; then it is a fixed folder below the system's temporary one.
+    """
+    folder = workspace().removeprefix("file://")
+    if "://" in folder:
+        return Path(tempfile.gettempdir()) / "iqpir-spool"
+    return Path(folder).expanduser().resolve() / "spool"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -398,6 +466,9 @@ def network_config(training: Training, base: NetworkConfig | None = None, **deri
         UsageError: an unknown field.
     """
     values = (preset(training.preset) if base is None else base).to_dict()
+    unknown = sorted(training.network.keys() - values.keys())
+    if unknown:
+        raise UsageError(f"A network has no field {unknown[0]!r}.", f"Known: {', '.join(values)}.")
     return NetworkConfig.from_dict({**values, **derived, **training.network})
 
 
