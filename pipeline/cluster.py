@@ -1,6 +1,7 @@
 """Ray as a scheduler: connect or start it, and run a bounded number of tasks at a time."""
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,7 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS") or None
     options: dict[str, Any] = {"ignore_reinit_error": True, "log_to_driver": False}
     if address is None:
+        _own_token()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         return
     try:
@@ -45,6 +47,16 @@ def ensure_ray(num_cpus: int | None = None) -> None:
             f"No Ray cluster answers at RAY_ADDRESS={address}: {error}.",
             "Give host:port of the head (not the http:// address that ray job submit takes), or unset it.",
         ) from error
+
+
+def _own_token() -> None:
+    """A token for this process's own cluster alone, unless the environment names one.
+
+    Ray would otherwise leave one in ~/.ray/auth_token; the next ``ray start`` then asks for it, and
+    ``ray job submit``, which sends it only with RAY_AUTH_MODE=token, is turned away.
+    """
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _knock(address: str) -> None:

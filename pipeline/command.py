@@ -11,14 +11,15 @@ import logging
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from iqpir.errors import IqpirError, UsageError
+from iqpir.errors import IncompleteError, IqpirError, UsageError
 
 JOBS = (
     *("demo", "preflight", "shard", "score", "label", "curate", "report", "degrade", "encode", "export"),
@@ -28,6 +29,10 @@ JOBS = (
 """Names of the jobs, hence of a recipe's sections."""
 SHARED = "all"
 """Recipe section whose keys reach every job that has a field of that name."""
+
+
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of a description: they hold commands."""
 
 
 class Result(Protocol):
@@ -44,24 +49,31 @@ def command(action: Callable[[C], R], config_type: type[C], argv: Sequence[str] 
     """Run ``action`` on the configuration in ``argv`` and leave the process with its exit code.
 
     Args:
-        action: the verb; its docstring opens the help text.
+        action: the verb.
         config_type: frozen dataclass; its fields are the flags, their docstrings the help.
         argv: arguments after the program's name; those of the process by default.
 
+    The help text opens with the docstring of the script that is run.
+
     Exit codes: 0 done, 1 or 2 usage, 3 incomplete, 4 verification failed, 5 failed for good.
     """
-    sys.exit(run(action, config_type, sys.argv[1:] if argv is None else argv, Path(sys.argv[0]).stem))
+    arguments, script = sys.argv[1:] if argv is None else argv, Path(sys.argv[0]).stem
+    sys.exit(run(action, config_type, arguments, script, sys.modules["__main__"].__doc__ or ""))
 
 
-def run(action: Callable[[C], R], config_type: type[C], argv: Sequence[str], job: str) -> int:
-    """As ``command``, returning the exit code."""
+def run(action: Callable[[C], R], config_type: type[C], argv: Sequence[str], job: str, description: str = "") -> int:
+    """As ``command``, returning the exit code; ``description`` opens the help text."""
     _log_to_stderr()
     try:
-        config = parse(config_type, argv, job, action.__doc__ or "")
+        config = parse(config_type, argv, job, description)
         result = action(config)
     except IqpirError as error:
         sys.stderr.write(f"{job}: {error}\n")
         return error.exit_code
+    except OSError as error:
+        told = _told(error)
+        sys.stderr.write(f"{job}: {told}\n")
+        return told.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(f"{job}: interrupted; the same command goes on where it stopped.\n")
         return 3
@@ -103,7 +115,7 @@ def from_dict(config_type: type[C], values: Mapping[str, Any]) -> C:
 
 def _parser(config_type: type[Any], job: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=job, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=job, description=description, formatter_class=_Help, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Recipe: a YAML file; docs/jobs.md.")
     parser.add_class_arguments(config_type)
     return parser
@@ -165,7 +177,10 @@ def _section(path: str, known: dict[str, bool], job: str) -> str:
         raise UsageError(f"The recipe {path} is no YAML: {error}.") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"The recipe {path} is no mapping of keys to values.")
-    sections = {name for name in recipe if name in JOBS or name == SHARED}
+    # A job's name may also be a key: stage 2 has a field ``stage1``, whose value is a text.
+    sections = {
+        name for name, value in recipe.items() if name in (*JOBS, SHARED) and (value is None or isinstance(value, dict))
+    }
     if not sections:
         return json.dumps(recipe)
     for name in recipe:
@@ -212,7 +227,15 @@ def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError
     if unknown:
         key = unknown.group(1)
         return UsageError(f"Unknown key {key!r}.{_nearest(key, list(known))}", f"See {job} --help.")
-    return UsageError(text, f"See {job} --help.")
+    return UsageError(f"{text.rstrip('.')}.", f"See {job} --help.")
+
+
+def _told(error: OSError) -> IqpirError:
+    """What a user is told about a failure of disk or network that no step could make sense of."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError)):
+        return UsageError(f"{text}.", "Check the path and its permissions.")
+    return IncompleteError(f"{text}.", "Put that right; the same command goes on where it stopped.")
 
 
 def _nearest(key: str, known: list[str]) -> str:

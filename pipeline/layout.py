@@ -242,8 +242,9 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str] | None = None) -> by
 
 def from_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """Inverse of ``to_parquet``; ``columns`` limits what is decoded."""
-    # Threads cost milliseconds to start, more than a small table takes.
-    return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=len(data) > 4 << 20)
+    # No threads: one that still lets go of ``data`` while the interpreter ends aborts the process (SIGABRT,
+    # whatever the job's exit code). ``read_table`` has them even with use_threads=False.
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
 
 
 def sha256_hex(data: bytes) -> str:

@@ -7,8 +7,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
@@ -16,12 +16,14 @@ from iqpir.config import digest
 from iqpir.errors import PermanentError, UsageError
 from iqpir.pixels import PictureError
 from iqpir.restorer import Restorer
+from iqpir.training.checkpoint import load
 from pipeline.checkpoints import fetch_checkpoint
 from pipeline.progress import progress
 from pipeline.storage import Entry, Storage
 from pipeline.tracking import tracking_location
 
 RECORD = "restored.jsonl"
+_REGISTRY = ("models:/", "runs:/")
 _SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"])
 Restore = Callable[[bytes], tuple[bytes | None, str | None]]
 """Picture bytes -> (PNG bytes, None) or (None, why not)."""
@@ -87,7 +89,8 @@ def restore(config: RestoreConfig) -> RestoreResult:
     entries = [e for e in source.list() if PurePosixPath(e.path).suffix.lower() in _SUFFIXES]
     if not entries:
         raise UsageError(f"There are no pictures below {config.input}.", f"Known: {' '.join(sorted(_SUFFIXES))}.")
-    request = digest([config.model, config.quality, config.fidelity])
+    config = _pinned(config)
+    request = digest([_weights(config.model), config.quality, config.fidelity])
     earlier = _earlier(target, request)
     names = _output_names(entries)
     todo = [entry for entry in entries if earlier.get(entry.path) != entry.etag]
@@ -144,11 +147,32 @@ def _output_names(entries: list[Entry]) -> dict[str, str]:
     return {path: name if taken[name] == 1 else f"{path}.png" for path, name in short.items()}
 
 
+def _pinned(config: RestoreConfig) -> RestoreConfig:
+    """With what the model means now: an alias moves, and a run's newest checkpoint gets a successor.
+
+    Raises:
+        UsageError: no such model.
+    """
+    if not config.model.startswith(_REGISTRY):
+        return replace(config, model=str(fetch_checkpoint(config.model)))
+    if "@" not in config.model:
+        return config
+    from pipeline.registered import resolve
+
+    version = resolve(config.model, tracking_location(config.tracking_uri))
+    return replace(config, model=f"models:/{version.name}/{version.version}")
+
+
+def _weights(model: str) -> str:
+    """What tells the restorations of two pinned models apart."""
+    return model if model.startswith(_REGISTRY) else str(load(Path(model)).metadata["weights_digest"])
+
+
 def _restorer(config: RestoreConfig) -> Restore:
     """A function over bytes, from a registered model or a checkpoint."""
-    if config.model.startswith(("models:/", "runs:/")):
+    if config.model.startswith(_REGISTRY):
         return _registered(config)
-    restorer = Restorer.load(fetch_checkpoint(config.model), device=config.device)
+    restorer = Restorer.load(config.model, device=config.device)
 
     def run(data: bytes) -> tuple[bytes | None, str | None]:
         try:

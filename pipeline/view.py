@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from iqpir.errors import UsageError, VerificationError
 from pipeline.corpus import Corpus
+from pipeline.layout import from_parquet
 
 _REFERENCE = re.compile(r"^(?P<name>[A-Za-z0-9_.\-]+?)(@v(?P<version>\d+))?$")
 
@@ -81,7 +81,7 @@ def read_view(corpus: Corpus, reference: str) -> View:
             f"The rows of view {reference} do not have the digest {facts['digest']} of its JSON.",
             "Curate it again under another name.",
         )
-    return View(pq.read_table(pa.BufferReader(data)), facts)
+    return View(from_parquet(data), facts)
 
 
 def view_digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from tests.chain import Chain
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +73,14 @@ def local_ray() -> Iterator[None]:
     ensure_ray(num_cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> "Chain":
+    """A small curated corpus with a trained, encoded stage 1; tests add runs to it and change none."""
+    from tests.chain import make_chain
+
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("IQPIR_WORKSPACE", str(folder))
+        return make_chain(folder)

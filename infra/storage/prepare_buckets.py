@@ -80,9 +80,7 @@ def prepare(client: Any, buckets: list[str], days: int) -> int:
         create_bucket(client, bucket)
         expire_abandoned_uploads(client, bucket, days)
         if not creates_only_once(client, bucket):
-            log.error(
-                "%s: the store ignores If-None-Match; a corpus cannot be committed there safely", bucket
-            )
+            log.error("%s: the store ignores If-None-Match; a corpus cannot be committed there safely", bucket)
             return 4
         log.info("%s: create-if-absent holds", bucket)
     return 0
@@ -92,9 +90,7 @@ def main() -> int:
     """Parse the command line, prepare the buckets, and return the exit code."""
     parser = argparse.ArgumentParser(description="Create buckets and prove that the store can commit.")
     parser.add_argument("buckets", nargs="+", help="names of buckets")
-    parser.add_argument(
-        "--days", type=int, default=2, help="days after which an unfinished upload is aborted"
-    )
+    parser.add_argument("--days", type=int, default=2, help="days after which an unfinished upload is aborted")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # Quiet below warnings: botocore's debug output holds credentials.

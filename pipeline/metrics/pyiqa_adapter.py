@@ -6,6 +6,7 @@ checked copy: a thousand workers must not fetch from a public server in secret.
 
 import hashlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -53,9 +54,7 @@ class PyiqaFacts:
 
 
 EMBEDDED: Mapping[str, PyiqaFacts] = {
-    "piqe": PyiqaFacts(
-        lower_better=True, differentiable=False, batchable=True, score_range=(0.0, 100.0), min_side=16
-    ),
+    "piqe": PyiqaFacts(lower_better=True, differentiable=False, batchable=True, score_range=(0.0, 100.0), min_side=16),
     "niqe": PyiqaFacts(
         lower_better=True,
         differentiable=False,
@@ -112,7 +111,8 @@ def build(name: str, device: str | torch.device, weights_uri: str | None = None)
     if name == "niqe":
         return PyiqaScorer(Niqe(load_pristine_model(NIQE_MODEL)).to(device), torch.device(device))
     mirror = Storage.open(weights_uri) if weights_uri else None
-    with _without_network(name, mirror), redirect_stdout(sys.stderr):
+    # What pyiqa prints here is that it downloads, which it does not.
+    with _without_network(name, mirror), redirect_stdout(io.StringIO()):
         try:
             metric = pyiqa.create_metric(name, device=torch.device(device))
         except ImportError as error:

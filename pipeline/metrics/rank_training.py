@@ -84,9 +84,7 @@ def _chain(picture: Picture, size: int, levels: NDArray[np.float64], rng: np.ran
     kind = names[int(rng.choice(len(names), p=list(_KIND_SHARES.values())))]
     seed = int(rng.integers(2**31))
     inner = slice(margin, margin + size)
-    return np.stack(
-        [(crop if level < 0 else distort(crop, kind, level, seed))[inner, inner] for level in levels]
-    )
+    return np.stack([(crop if level < 0 else distort(crop, kind, level, seed))[inner, inner] for level in levels])
 
 
 def _textured_crop(picture: Picture, side: int, rng: np.random.Generator) -> Picture:

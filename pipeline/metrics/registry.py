@@ -127,9 +127,9 @@ def _find(name: str) -> Metric:
     known = pyiqa_adapter.no_reference_metrics()
     if name in known:
         return _from_pyiqa(name, known[name])
-    everything = [*RANK_NETWORKS, *pyiqa_adapter.EMBEDDED, *plugins, *known]
+    everything = sorted({*RANK_NETWORKS, *pyiqa_adapter.EMBEDDED, *plugins, *known})
     close = difflib.get_close_matches(name, everything, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(sorted(everything))}."
+    hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(everything)}."
     missing = "" if known else " pyiqa is not installed: its metrics come with the extra `iqa`."
     raise UsageError(f"Unknown metric {name!r}.", hint + missing)
 

@@ -28,9 +28,7 @@ def _mapping_without_duplicates(loader: ManifestLoader, node: yaml.MappingNode) 
     if twice:
         raise yaml.constructor.ConstructorError(None, None, f"given twice: {sorted(twice)}", node.start_mark)
     loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value
-    }
+    return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 ManifestLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
@@ -61,9 +59,7 @@ def load_schema(folder: Path, kind: str, version: str) -> dict[str, Any]:
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
     """The same schema as JSON Schema in which fields that are not named are errors."""
-    result = {
-        key: value for key, value in schema.items() if key not in {"description", "default", "nullable"}
-    }
+    result = {key: value for key, value in schema.items() if key not in {"description", "default", "nullable"}}
     for combiner in ("anyOf", "oneOf", "allOf"):
         if combiner in schema:
             # Structural schemas repeat no properties below a combiner: it only narrows values.
@@ -75,11 +71,7 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
     extra = schema.get("additionalProperties")
     if isinstance(extra, dict):
         result["additionalProperties"] = strict(extra)
-    elif (
-        schema.get("type") == "object"
-        and extra is None
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-    ):
+    elif schema.get("type") == "object" and extra is None and not schema.get("x-kubernetes-preserve-unknown-fields"):
         result["additionalProperties"] = False
         if schema.get("x-kubernetes-embedded-resource"):
             known = {
@@ -120,6 +112,4 @@ def errors(manifest: dict[str, Any], schema: dict[str, Any]) -> list[str]:
         "additionalProperties": False,
     }
     found = StrictValidator(strict_schema).iter_errors(manifest)
-    return sorted(
-        f"{'.'.join(str(step) for step in error.absolute_path)}: {error.message}" for error in found
-    )
+    return sorted(f"{'.'.join(str(step) for step in error.absolute_path)}: {error.message}" for error in found)

@@ -97,9 +97,7 @@ def test_no_password_has_a_default() -> None:
         for key, value in service.get("environment", {}).items():
             if SECRET_NAME.search(key):
                 assert PLACEHOLDER.fullmatch(value), f"{name}: {key}"
-    assert not re.search(r"\$\{[A-Z0-9_]+(:?-|\})", FILE.read_text()), (
-        "a variable may be missing or have a default"
-    )
+    assert not re.search(r"\$\{[A-Z0-9_]+(:?-|\})", FILE.read_text()), "a variable may be missing or have a default"
 
 
 def test_the_example_names_every_variable_and_no_value() -> None:

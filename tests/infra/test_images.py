@@ -58,15 +58,11 @@ def test_an_image_is_pinned_and_not_root(path: Path) -> None:
     steps = instructions(path)
     base = dict(steps)["FROM"]
     if base == "${BASE}":
-        base = next(rest for verb, rest in steps if verb == "ARG" and rest.startswith("BASE=")).removeprefix(
-            "BASE="
-        )
+        base = next(rest for verb, rest in steps if verb == "ARG" and rest.startswith("BASE=")).removeprefix("BASE=")
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), base
     users = [rest for verb, rest in steps if verb == "USER"]
     assert users[-1] == "1000:1000", "a number, so that Kubernetes can check it"
-    assert [verb for verb, _ in steps].index("USER") > max(
-        i for i, (verb, _) in enumerate(steps) if verb == "RUN"
-    )
+    assert [verb for verb, _ in steps].index("USER") > max(i for i, (verb, _) in enumerate(steps) if verb == "RUN")
     assert "ADD" not in [verb for verb, _ in steps]
 
 
@@ -103,9 +99,7 @@ def test_every_direct_dependency_is_pinned_to_an_allowed_version() -> None:
 
 def test_the_constraints_fit_a_cpu_and_a_cuda_torch() -> None:
     assert not {
-        name
-        for name in pins(ROOT / "constraints.txt")
-        if name in {"torch", "triton"} or name.startswith("nvidia-")
+        name for name in pins(ROOT / "constraints.txt") if name in {"torch", "triton"} or name.startswith("nvidia-")
     }
 
 
@@ -146,18 +140,14 @@ def test_the_mlflow_server_does_not_start_with_a_setting_missing(missing: str, t
     }
     del environment[missing]
     script = ROOT / "infra" / "mlflow" / "serve.sh"
-    started = subprocess.run(
-        ["bash", str(script)], env=environment, capture_output=True, text=True, timeout=30
-    )
+    started = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=30)
     assert started.returncode == 1
     assert missing in started.stderr
     assert not list(tmp_path.iterdir())
 
 
 def make(*arguments: str) -> str:
-    shown = subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    shown = subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     return shown.stdout
 

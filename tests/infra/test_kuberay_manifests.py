@@ -26,9 +26,7 @@ def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:
 def schemas() -> dict[str, dict[str, Any]]:
     folder = crd_folder()
     if folder is None:
-        pytest.skip(
-            "KubeRay's definitions are not here: set IQPIR_KUBERAY_CRDS to a folder with ray.io_*.yaml"
-        )
+        pytest.skip("KubeRay's definitions are not here: set IQPIR_KUBERAY_CRDS to a folder with ray.io_*.yaml")
     return {kind: load_schema(folder, kind, "v1") for kind in ("RayCluster", "RayJob")}
 
 
@@ -44,9 +42,7 @@ def test_every_field_is_one_that_kuberay_knows(
     assert errors(manifest, schemas[manifest["kind"]]) == []
 
 
-def plant(
-    manifest: dict[str, Any], steps: list[str | int], old: str | None, new: str, value: Any
-) -> dict[str, Any]:
+def plant(manifest: dict[str, Any], steps: list[str | int], old: str | None, new: str, value: Any) -> dict[str, Any]:
     """A copy of ``manifest``: below ``steps``, ``old`` renamed to ``new``, or ``new`` set to ``value``."""
     result = copy.deepcopy(manifest)
     node: Any = result

@@ -15,16 +15,10 @@ SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNO
 def pod_templates(node: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Every pod template below ``node``."""
     if isinstance(node, list):
-        return [
-            found for index, child in enumerate(node) for found in pod_templates(child, f"{where}[{index}]")
-        ]
+        return [found for index, child in enumerate(node) for found in pod_templates(child, f"{where}[{index}]")]
     if not isinstance(node, dict):
         return []
-    here = (
-        [(where, node["template"]["spec"])]
-        if "containers" in node.get("template", {}).get("spec", {})
-        else []
-    )
+    here = [(where, node["template"]["spec"])] if "containers" in node.get("template", {}).get("spec", {}) else []
     return here + [found for key, child in node.items() for found in pod_templates(child, f"{where}.{key}")]
 
 
@@ -86,9 +80,7 @@ def test_what_is_written_goes_to_bounded_volumes(pod: dict[str, Any]) -> None:
     assert all("sizeLimit" in volume["emptyDir"] for volume in volumes.values() if "emptyDir" in volume)
 
 
-@pytest.mark.parametrize(
-    "manifest", [manifest for _, manifest in MANIFESTS if manifest["apiVersion"] == "ray.io/v1"]
-)
+@pytest.mark.parametrize("manifest", [manifest for _, manifest in MANIFESTS if manifest["apiVersion"] == "ray.io/v1"])
 def test_ray_has_shared_memory_and_only_the_autoscaler_an_api_token(manifest: dict[str, Any]) -> None:
     cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
     templates = [
@@ -106,9 +98,7 @@ def test_ray_has_shared_memory_and_only_the_autoscaler_an_api_token(manifest: di
     assert {"cpu", "memory"} == set(autoscaler["resources"]["limits"])
     head_volumes = {volume["name"] for volume in templates[0]["spec"]["volumes"]}
     assert {mount["name"] for mount in autoscaler["volumeMounts"]} <= head_volumes
-    token = [
-        mount for mount in autoscaler["volumeMounts"] if mount["mountPath"].startswith("/var/run/secrets")
-    ]
+    token = [mount for mount in autoscaler["volumeMounts"] if mount["mountPath"].startswith("/var/run/secrets")]
     assert [mount["readOnly"] for mount in token] == [True]
 
 
@@ -119,11 +109,7 @@ def walk(node: Any) -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
         return []
     own = [(node["name"], node["value"])] if {"name", "value"} <= set(node) else []
-    return (
-        own
-        + [(key, value) for key, value in node.items()]
-        + [e for child in node.values() for e in walk(child)]
-    )
+    return own + [(key, value) for key, value in node.items()] + [e for child in node.values() for e in walk(child)]
 
 
 @pytest.mark.parametrize(("name", "manifest"), MANIFESTS)
@@ -131,9 +117,7 @@ def test_no_secret_is_written_in_a_manifest(name: str, manifest: dict[str, Any])
     assert manifest["kind"] != "Secret", "a Secret is made by kubectl, from values that no file holds"
     for key, value in walk(manifest):
         if isinstance(value, str) and SECRET_NAME.search(key):
-            assert key in {"secretName", "serviceAccountToken", "automountServiceAccountToken"}, (
-                f"{name}: {key}"
-            )
+            assert key in {"secretName", "serviceAccountToken", "automountServiceAccountToken"}, f"{name}: {key}"
     # What a job's environment holds is shown to whoever sees the dashboard.
     assert not SECRET_NAME.search(manifest["spec"].get("runtimeEnvYAML", ""))
 
@@ -146,9 +130,7 @@ def test_the_networks_default_is_no() -> None:
         "a rule without `from` lets all in"
     )
     outside = [peer["ipBlock"] for rule in ray["egress"] for peer in rule["to"] if "ipBlock" in peer]
-    assert all("169.254.0.0/16" in block["except"] for block in outside), (
-        "the metadata service hands out credentials"
-    )
+    assert all("169.254.0.0/16" in block["except"] for block in outside), "the metadata service hands out credentials"
 
 
 def test_policies_and_services_select_pods_that_exist() -> None:

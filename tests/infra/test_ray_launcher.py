@@ -31,17 +31,13 @@ def test_the_cluster_is_closed() -> None:
     assert "--dashboard-host=127.0.0.1" in head
     for kind in CLUSTER["available_node_types"].values():
         assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-        assert kind["node_config"]["IamInstanceProfile"], (
-            "rights come from the machine, not from keys in a file"
-        )
+        assert kind["node_config"]["IamInstanceProfile"], "rights come from the machine, not from keys in a file"
         assert all(disk["Ebs"]["Encrypted"] for disk in kind["node_config"]["BlockDeviceMappings"])
 
 
 def test_no_token_is_part_of_a_command() -> None:
     commands = (
-        CLUSTER["head_start_ray_commands"]
-        + CLUSTER["worker_start_ray_commands"]
-        + CLUSTER["docker"]["run_options"]
+        CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"] + CLUSTER["docker"]["run_options"]
     )
     assert not [command for command in commands if "RAY_AUTH_TOKEN=" in command]
     assert CLUSTER["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}

@@ -72,9 +72,7 @@ def test_lower_is_better_is_turned_round(rng: np.random.Generator) -> None:
 def test_minmax_is_the_papers_and_range_needs_a_range() -> None:
     scores = np.array([2.0, 4.0, 6.0])
     np.testing.assert_allclose(fit_map(scores, "minmax", "higher")(scores), (scores - 2) / (4 + 1e-6))
-    np.testing.assert_allclose(
-        fit_map(scores, "range", "lower", score_range=(0, 10))(scores), [0.8, 0.6, 0.4]
-    )
+    np.testing.assert_allclose(fit_map(scores, "range", "lower", score_range=(0, 10))(scores), [0.8, 0.6, 0.4])
     with pytest.raises(UsageError, match="declares no range"):
         fit_map(scores, "range", "lower", metric="dirt")
 

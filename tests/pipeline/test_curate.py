@@ -81,9 +81,7 @@ def test_crops_of_one_picture_never_lie_on_both_sides(tmp_path: Path) -> None:
     shard(ShardConfig(input=str(source), corpus=url, crop=CropPolicy(size=32), workers=0))
     corpus = _labelled(Corpus(url))
     view = read_view(corpus, _curate(corpus, holdout=0.3).view)
-    relpath = dict(
-        zip(*(corpus.samples(["key", "relpath"])[c].to_pylist() for c in ("key", "relpath")), strict=True)
-    )
+    relpath = dict(zip(*(corpus.samples(["key", "relpath"])[c].to_pylist() for c in ("key", "relpath")), strict=True))
     sides: dict[str, set[str]] = {}
     for row in view.table.to_pylist():
         sides.setdefault(relpath[row["key"]], set()).add(row["split"])

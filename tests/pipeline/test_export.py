@@ -40,9 +40,7 @@ def made(labelled_corpus: Any) -> Any:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_files_are_the_original_bytes_with_their_labels(made: Any, tmp_path: Path) -> None:
@@ -62,9 +60,7 @@ def test_files_are_the_original_bytes_with_their_labels(made: Any, tmp_path: Pat
 
 def test_sized_files_are_square_pngs(made: Any, tmp_path: Path) -> None:
     export(
-        ExportConfig(
-            corpus=made.url, view="small", format="files", size=24, fit="crop", output=str(tmp_path / "out")
-        )
+        ExportConfig(corpus=made.url, view="small", format="files", size=24, fit="crop", output=str(tmp_path / "out"))
     )
     pictures = sorted((tmp_path / "out" / "pictures").iterdir())
     assert len(pictures) == 9
@@ -117,11 +113,7 @@ def test_the_same_command_again_finds_it_done_and_another_is_refused(made: Any, 
     assert not again.written
     assert (again.sha256, again.bytes) == (first.sha256, first.bytes)
     with pytest.raises(UsageError, match="split"):
-        export(
-            ExportConfig(
-                corpus=made.url, view="small", format="files", split="val", output=str(tmp_path / "out")
-            )
-        )
+        export(ExportConfig(corpus=made.url, view="small", format="files", split="val", output=str(tmp_path / "out")))
     (tmp_path / "out" / "labels.parquet").write_bytes(b"short")
     with pytest.raises(VerificationError, match=r"labels\.parquet"):
         export(config)
@@ -224,9 +216,7 @@ def is_freed(before: set[str]) -> bool:
 
 @needs_ffcv
 @pytest.mark.slow
-def test_a_sample_larger_than_a_page_fails_where_ffcv_alone_hangs(
-    labelled_corpus: Any, tmp_path: Path
-) -> None:
+def test_a_sample_larger_than_a_page_fails_where_ffcv_alone_hangs(labelled_corpus: Any, tmp_path: Path) -> None:
     large = labelled_corpus(sides=(1000, 32), held_back=1)
     rows = large.view.table.slice(0, 2)
     before = shared_memory()

@@ -117,14 +117,7 @@ def test_a_failed_score_leaves_the_label_empty_and_is_counted(tmp_path: Path) ->
     table = _table(corpus)
     assert (result.labelled, result.unlabelled) == (7, 1)
     row = next(row for row in table.to_pylist() if row["iqa_rank_status"] != "success")
-    assert (
-        row["iqa_rank"]
-        is row["iqa_rank_cal"]
-        is row["quality"]
-        is row["quality_bin"]
-        is row["hq_plus"]
-        is None
-    )
+    assert row["iqa_rank"] is row["iqa_rank_cal"] is row["quality"] is row["quality_bin"] is row["hq_plus"] is None
     assert row["iqa_rank_judge"] is not None
 
 

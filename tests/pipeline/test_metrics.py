@@ -69,9 +69,7 @@ def test_commercial_safe_refuses_what_may_not_be_sold_and_says_what_may() -> Non
         find_metrics(["piqe", "niqe", "rank"], commercial_safe=True)
 
 
-def test_a_package_adds_a_metric_through_its_entry_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_adds_a_metric_through_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brightness_metric.py").write_text(
         "from pipeline.metrics import Metric\n"
         "METRIC = Metric(name='brightness', version='1', direction='higher', differentiable=True,\n"

@@ -59,9 +59,7 @@ def test_the_inference_code_imports_torch_numpy_safetensors_and_pillow_only() ->
     assert {ENTRY, "iqpir", "iqpir.errors", "iqpir.networks.restoration_network"} <= modules.keys()
     imported = {name for path in modules.values() for name in foreign_imports(path)}
     assert imported == ALLOWED
-    assert not [
-        name for name in modules if name.startswith(("iqpir.training", "iqpir.stages", "iqpir.degradation"))
-    ]
+    assert not [name for name in modules if name.startswith(("iqpir.training", "iqpir.stages", "iqpir.degradation"))]
 
 
 def test_vendored_code_names_its_own_package_and_is_otherwise_unchanged(package: Package) -> None:
@@ -107,9 +105,7 @@ def test_only_import_lines_are_renamed(source: str, expected: str) -> None:
     assert renamed(source.encode(), "p").decode() == expected
 
 
-@pytest.mark.parametrize(
-    "source", ["import iqpir.config\n", "import iqpir\n", "from .errors import UsageError\n"]
-)
+@pytest.mark.parametrize("source", ["import iqpir.config\n", "import iqpir\n", "from .errors import UsageError\n"])
 def test_imports_that_cannot_be_renamed_are_refused(source: str) -> None:
     with pytest.raises(PermanentError):
         renamed(source.encode(), "p")
@@ -163,9 +159,7 @@ def test_lists_and_dicts_are_taken_too(model: PyFuncModel) -> None:
 
 
 @pytest.mark.parametrize("params", [{"quality": 1.5}, {"quality": float("nan")}, {"fidelity": -0.1}])
-def test_params_out_of_range_are_an_error_for_the_caller(
-    model: PyFuncModel, params: dict[str, float]
-) -> None:
+def test_params_out_of_range_are_an_error_for_the_caller(model: PyFuncModel, params: dict[str, float]) -> None:
     with pytest.raises(MlflowException, match=next(iter(params))):
         model.predict(pd.DataFrame({"image": [encode_png(draw_picture(5, 32))]}), params=params)
 
@@ -236,7 +230,5 @@ def test_two_versions_in_one_process_each_run_their_own_code(
     ours, theirs = (decode(m.predict(rows)["image"][0]).array for m in (model, second))
     assert np.array_equal(theirs, 255 - ours)
     assert np.array_equal(decode(model.predict(rows)["image"][0]).array, ours)
-    assert Path(importlib.import_module(f"{other.name}.restorer").__file__ or "").is_relative_to(
-        tmp_path / "model"
-    )
+    assert Path(importlib.import_module(f"{other.name}.restorer").__file__ or "").is_relative_to(tmp_path / "model")
     assert sys.modules[f"{other.name}.pixels"] is not sys.modules["iqpir.pixels"]

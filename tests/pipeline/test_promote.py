@@ -67,9 +67,7 @@ def test_the_first_champion_passes_the_absolute_gates(registry: Registry) -> Non
     result = promote(registry.config)
     assert result.promoted and result.version == version and result.previous == ""
     assert (registry.alias(CHAMPION), registry.alias(PREVIOUS)) == (version, None)
-    assert (
-        registry.tags(version)["gate.result"] == "passed" and registry.tags(version)["gate.against"] == "none"
-    )
+    assert registry.tags(version)["gate.result"] == "passed" and registry.tags(version)["gate.against"] == "none"
 
 
 def test_a_better_candidate_replaces_the_champion_which_stays_as_previous(registry: Registry) -> None:
@@ -140,9 +138,7 @@ def test_a_champion_without_figures_cannot_be_compared_with(registry: Registry) 
 
 def test_the_limits_are_what_the_configuration_says(registry: Registry) -> None:
     registry.candidate(eval__dial_spearman="0.7")
-    config = PromoteConfig(
-        name=registry.name, tracking_uri=registry.config.tracking_uri, min_dial_spearman=0.6
-    )
+    config = PromoteConfig(name=registry.name, tracking_uri=registry.config.tracking_uri, min_dial_spearman=0.6)
     assert promote(config).promoted
 
 

@@ -21,9 +21,7 @@ def test_torchvision_imports_in_a_fresh_process() -> None:
         "print(torchvision.transforms.functional.resize.__name__)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(iqpir.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "resize\n", done.stderr
 
 

@@ -48,9 +48,7 @@ def history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
-@pytest.mark.parametrize(
-    "key", ["plain@1", "o'brien", '"quoted"', "both'\"", "back\\", "100%_x;--", "züg\nrich"]
-)
+@pytest.mark.parametrize("key", ["plain@1", "o'brien", '"quoted"', "both'\"", "back\\", "100%_x;--", "züg\nrich"])
 def test_any_run_key_leads_to_the_same_run(uri: str, key: str) -> None:
     first = open_run(uri, "keys", key, "first", {}, {})
     assert open_run(uri, "keys", key, "again", {}, {}) == first
@@ -71,9 +69,7 @@ def test_params_are_written_once_and_a_change_becomes_a_tag(uri: str) -> None:
     handle = open_run(uri, "tests", "drift", "a run", params, {"stage": "stage1"})
     open_run(uri, "tests", "drift", "a run", {**params, "lr": 2e-4, "new": 1}, {"stage": "stage1"})
     data = MlflowClient(uri).get_run(handle.run_id).data
-    assert (
-        data.params["lr"] == "0.0001" and data.params["network.alpha"] == "0.8" and data.params["new"] == "1"
-    )
+    assert data.params["lr"] == "0.0001" and data.params["network.alpha"] == "0.8" and data.params["new"] == "1"
     assert len(data.params) == 153
     assert data.tags["drift.lr"] == "0.0001 -> 0.0002" and data.tags["stage"] == "stage1"
 
@@ -133,9 +129,7 @@ def test_every_finite_point_and_picture_arrives(handle: RunHandle, tmp_path: Pat
     assert history(handle, NONFINITE) == [(3, 1.0), (4, 2.0)]
     assert len(history(handle, "odd _name_")) == 30
     client = MlflowClient(handle.tracking_uri)
-    (name,) = [
-        item.path for item in client.list_artifacts(handle.run_id, "images") if item.path.endswith("png")
-    ]
+    (name,) = [item.path for item in client.list_artifacts(handle.run_id, "images") if item.path.endswith("png")]
     assert name.startswith("images/val~face 1+step+10+")
     assert client.get_run(handle.run_id).info.status == "FINISHED"
 
@@ -249,9 +243,7 @@ class Server:
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             try:

@@ -63,9 +63,7 @@ def test_bad_inputs_become_rows_that_say_why(draw: Draw, sharded: Sharded) -> No
     assert len(rows) == 9 and all(row["error_message"] for row in rows if row["status"] != "success")
 
 
-def test_a_name_that_lies_about_its_format_gets_the_suffix_of_its_content(
-    draw: Draw, sharded: Sharded
-) -> None:
+def test_a_name_that_lies_about_its_format_gets_the_suffix_of_its_content(draw: Draw, sharded: Sharded) -> None:
     source = draw(1)
     (source / "000.png").rename(source / "really.png.jpeg")
     (row,) = Corpus(sharded(source).corpus).samples().to_pylist()
@@ -179,9 +177,7 @@ def test_another_configuration_is_refused_by_the_name_of_the_field(
     assert files(tmp_path / "corpus") == before
 
 
-def test_appending_touches_no_old_unit_and_goes_on_numbering(
-    draw: Draw, sharded: Sharded, tmp_path: Path
-) -> None:
+def test_appending_touches_no_old_unit_and_goes_on_numbering(draw: Draw, sharded: Sharded, tmp_path: Path) -> None:
     source = draw(6)
     first = sharded(source)
     before = files(tmp_path / "corpus")

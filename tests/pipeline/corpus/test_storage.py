@@ -62,8 +62,7 @@ def test_of_many_creators_one_wins_and_all_know_it(store: Storage) -> None:
     assert store.conditional
     answers: list[bytes] = []
     threads = [
-        threading.Thread(target=lambda n=n: answers.append(store.create("record", str(n).encode())))
-        for n in range(8)
+        threading.Thread(target=lambda n=n: answers.append(store.create("record", str(n).encode()))) for n in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -158,9 +157,7 @@ def test_a_missing_bucket_is_a_usage_error(s3: Any) -> None:
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_refuses_is_a_usage_error_in_seconds(
-    s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endpoint_that_refuses_is_a_usage_error_in_seconds(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(UsageError, match="Cannot reach"):
@@ -169,9 +166,7 @@ def test_an_endpoint_that_refuses_is_a_usage_error_in_seconds(
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_never_answers_is_a_usage_error_in_seconds(
-    s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endpoint_that_never_answers_is_a_usage_error_in_seconds(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()

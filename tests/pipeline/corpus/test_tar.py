@@ -25,13 +25,9 @@ MEMBERS = {"0a.png": b"p" * 700, "0a.json": b"{}", "0b.png": b"", "0b.json": b"j
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    members=st.dictionaries(
-        st.from_regex(r"[a-f0-9]{4}\.png", fullmatch=True), st.binary(max_size=2000), max_size=6
-    )
+    members=st.dictionaries(st.from_regex(r"[a-f0-9]{4}\.png", fullmatch=True), st.binary(max_size=2000), max_size=6)
 )
-def test_any_reader_finds_what_was_written_where_it_was_written(
-    members: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_any_reader_finds_what_was_written_where_it_was_written(members: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.unlink(missing_ok=True)
     offsets = write(path, members)

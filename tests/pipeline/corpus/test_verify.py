@@ -135,9 +135,7 @@ def test_a_well_formed_tar_with_fewer_members_is_found(root: Path) -> None:
     assert "its members are not those of" in lie(root)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["shards/*", "samples/*", "_plan/*.parquet", "_manifest/*.parquet", "_SUCCESS"]
-)
+@pytest.mark.parametrize("pattern", ["shards/*", "samples/*", "_plan/*.parquet", "_manifest/*.parquet", "_SUCCESS"])
 def test_a_missing_file_is_found(root: Path, pattern: str) -> None:
     one(root, pattern).unlink()
     lie(root)
