@@ -14,7 +14,20 @@ from iqpir.config import PRESETS, NetworkConfig
 from iqpir.errors import UsageError
 from iqpir.official_checkpoints import is_autoencoder_only, load_official
 
-TINY = PRESETS["tiny32"]
+TINY = NetworkConfig(
+    image_size=32,
+    base_channels=32,
+    channel_multipliers=(1, 2, 4),
+    res_blocks=1,
+    attention_sizes=(8,),
+    latent_channels=64,
+    codebook_size=256,
+    transformer_width=128,
+    transformer_heads=4,
+    transformer_layers=3,
+    connect_sizes=(16,),
+)
+"""Three levels and attention: all that a large network has, at 32 pixels."""
 
 
 def state_of(config: NetworkConfig = TINY) -> dict[str, Tensor]:
@@ -38,7 +51,7 @@ def save(path: Path, content: object) -> Path:
         dataclasses.replace(TINY, attention_sizes=(16, 8), res_blocks=2, transformer_layers=1, connect_sizes=(16, 8)),
         dataclasses.replace(TINY, attention_sizes=()),
     ],
-    ids=["tiny32", "tiny64", "several-scores", "attention", "single", "more-attention", "no-attention"],
+    ids=["three-levels", "tiny64", "several-scores", "attention", "single", "more-attention", "no-attention"],
 )
 def test_the_configuration_is_read_off_the_file(config: NetworkConfig, tmp_path: Path) -> None:
     state = state_of(config)
@@ -93,7 +106,7 @@ def test_a_file_of_the_autoencoder_alone_is_recognised(tmp_path: Path) -> None:
     assert is_autoencoder_only(state)
     assert not is_autoencoder_only(state_of())
     assert (found.image_size, found.attention_sizes, found.codebooks) == (32, (8,), "dual")
-    target = iqpir.build("tiny32")
+    target = iqpir.build(TINY)
     target.load_autoencoder(state)
     assert torch.equal(target.generator.last_weight, network.generator.last_weight)
 

@@ -83,7 +83,7 @@ def test_totals_of_the_autoencoder(name: str, total: int) -> None:
 def test_keys_of_the_variants() -> None:
     several = dataclasses.replace(PRESETS["tiny32"], quality_bins=(20, 10), fusion="attention")
     state = iqpir.build(several, device="meta").state_dict()
-    assert state["score_embed.1.weight"].shape == (10, 64 * 8 * 8)
+    assert state["score_embed.1.weight"].shape == (10, 64 * 16 * 16)
     assert next(key for key in state if key.startswith("attention.")) == "attention.norm1.weight"
     modulated = dataclasses.replace(PRESETS["tiny32"], conditioning="adaln")
     assert "ft_layers.0.adaLN_modulation.1.bias" in iqpir.build(modulated, device="meta").state_dict()

@@ -15,7 +15,20 @@ from iqpir.errors import UsageError
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import straight_through
 
-TINY = PRESETS["tiny32"]
+TINY = NetworkConfig(
+    image_size=32,
+    base_channels=32,
+    channel_multipliers=(1, 2, 4),
+    res_blocks=1,
+    attention_sizes=(8,),
+    latent_channels=64,
+    codebook_size=256,
+    transformer_width=128,
+    transformer_heads=4,
+    transformer_layers=3,
+    connect_sizes=(16,),
+)
+"""Three levels and attention: all that a large network has, at 32 pixels."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dual-add": {},
