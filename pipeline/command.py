@@ -224,8 +224,9 @@ def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError
     unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
         r"(?:Key|Option|key|option) '([\w.\-]+)' is not (?:expected|accepted)", text
     )
-    if unknown:
-        key = unknown.group(1)
+    nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", text)
+    if unknown or nested:
+        key = unknown[1] if unknown else ".".join(nested.groups()) if nested else ""
         return UsageError(f"Unknown key {key!r}.{_nearest(key, list(known))}", f"See {job} --help.")
     return UsageError(f"{text.rstrip('.')}.", f"See {job} --help.")
 

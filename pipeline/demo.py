@@ -31,7 +31,7 @@ from pipeline.shard import ShardConfig, shard
 from pipeline.stage1 import Stage1Training, train_stage1
 from pipeline.stage2 import Stage2Training, train_stage2
 from pipeline.storage import Storage
-from pipeline.tracking import tracking_location
+from pipeline.tracking import reachable, tracking_location
 from pipeline.verify import VerifyConfig, verify
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ def demo(config: DemoConfig) -> DemoResult:
     tracking = tracking_location(config.tracking_uri, config.folder)
     steps = Steps(config.recipe)
     steps.run(shard, ShardConfig, input=pictures, corpus=corpus)
+    reachable(tracking)  # known before minutes of work; after the pictures are known to be there
     steps.run(score, ScoreConfig, corpus=corpus)
     steps.run(label, LabelConfig, corpus=corpus)
     view = steps.run(curate, CurateConfig, corpus=corpus).view

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on held-back pictures: quality, fidelity, and whether the dial does what it says.
 
 The pairs are fixed: the degradation of a picture is a function of the seed and the picture's key, so two
-models that are evaluated with the same digest saw the same pictures (docs/method.md, "Evaluation").
+models that are evaluated with the same digest saw the same pictures.
 """
 
 import dataclasses

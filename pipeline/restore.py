@@ -20,7 +20,7 @@ from iqpir.training.checkpoint import load
 from pipeline.checkpoints import fetch_checkpoint
 from pipeline.progress import progress
 from pipeline.storage import Entry, Storage
-from pipeline.tracking import tracking_location
+from pipeline.tracking import reachable, tracking_location, wait_at_most
 
 RECORD = "restored.jsonl"
 _REGISTRY = ("models:/", "runs:/")
@@ -159,7 +159,7 @@ def _pinned(config: RestoreConfig) -> RestoreConfig:
         return config
     from pipeline.registered import resolve
 
-    version = resolve(config.model, tracking_location(config.tracking_uri))
+    version = resolve(config.model, _registry(config))
     return replace(config, model=f"models:/{version.name}/{version.version}")
 
 
@@ -183,16 +183,28 @@ def _restorer(config: RestoreConfig) -> Restore:
     return run
 
 
+def _registry(config: RestoreConfig) -> str:
+    """Address of the registry, which answers. MLflow's client by itself waits for minutes.
+
+    Raises:
+        UsageError: it does not.
+    """
+    uri = tracking_location(config.tracking_uri)
+    wait_at_most(600, 2)
+    reachable(uri)
+    return uri
+
+
 def _registered(config: RestoreConfig) -> Restore:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    mlflow.set_tracking_uri(tracking_location(config.tracking_uri))
+    mlflow.set_tracking_uri(_registry(config))
     try:
         model = mlflow.pyfunc.load_model(config.model)
     except MlflowException as error:
         raise UsageError(
-            f"Cannot load {config.model}: {error.message}",
+            f"Cannot load {config.model}: {error.message.rstrip('.')}.",
             "jobs/register.py registers a model; see docs/jobs.md.",
         ) from error
 

@@ -1,0 +1,98 @@
+"""Ray Train: two workers learn what one does, and the death of one costs no step and no second MLflow run."""
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from iqpir.errors import UsageError
+from iqpir.networks.codebook import EmaConfig
+from iqpir.training import checkpoint
+from iqpir.training.checkpoint import MANIFEST
+from pipeline.launch import Workers
+from pipeline.stage1 import train_stage1
+from tests.chain import STAGE1, Chain
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+TWO = Workers(count=2, cpus=1.0)
+
+
+def runs_of(chain: Chain, name: str) -> list[str]:
+    """Ids of the MLflow runs with that name."""
+    client = MlflowClient(chain.data.tracking_uri)
+    experiment = client.get_experiment_by_name("iqpir")
+    found = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return [run.info.run_id for run in found]
+
+
+def logged_steps(chain: Chain, run_id: str) -> list[int]:
+    history = MlflowClient(chain.data.tracking_uri).get_metric_history(run_id, "loss")
+    return [point.step for point in sorted(history, key=lambda point: point.step)]
+
+
+def test_two_workers_learn_what_one_does(chain: Chain) -> None:
+    # Where codes are placed by k-means, ranks offer it other samples than one process would.
+    unplaced = dataclasses.replace(STAGE1, warmup_steps=0, codebook_ema=EmaConfig(kmeans_iterations=0, revive_every=0))
+    one = train_stage1(chain.data.stage1("one", stage=unplaced))
+    two = train_stage1(chain.data.stage1("two", stage=unplaced, launcher="ray", workers=TWO))
+    assert (two.status, two.step) == ("done", 12)
+    assert runs_of(chain, "two") == [two.mlflow_run]
+    assert logged_steps(chain, two.mlflow_run) == [2, 4, 6, 8, 10, 12]
+    found = checkpoint.load(Path(two.checkpoint))
+    assert (found.metadata["world_size"], found.metadata["samples_seen"]) == (2, 48)
+    for file in ("network.safetensors", "codebook.safetensors"):
+        expected, ours = load_file(Path(one.checkpoint) / file), load_file(Path(two.checkpoint) / file)
+        assert expected.keys() == ours.keys()
+        for key, value in expected.items():
+            apart = (ours[key].double() - value.double()).abs()
+            # A latent between two codes may go to the other one. A bias of keys has no gradient but rounding,
+            # which Adam makes steps of.
+            assert apart.quantile(0.9) < (1e-3 if key.endswith(".k.bias") else 1e-4), f"{file} {key}"
+            assert apart.max() < 1e-3 or "codebook" in file or "embedding" in key, f"{file} {key}"
+    assert two.metrics["common_usage"] == pytest.approx(one.metrics["common_usage"], abs=0.02)
+    assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-3)
+
+
+class Assassin(threading.Thread):
+    """Kills one training worker of Ray as soon as the run has a checkpoint."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(daemon=True)
+        self.run_folder, self.killed = run, 0
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while not self.killed and time.monotonic() < deadline:
+            if any(self.run_folder.glob(f"checkpoints/step_*/{MANIFEST}")):
+                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+                workers[-1].kill()
+                self.killed = workers[-1].pid
+            time.sleep(0.01)
+
+
+def test_a_dead_worker_is_replaced_and_nothing_is_lost(chain: Chain) -> None:
+    settings = chain.data.stage1("killed", launcher="ray", workers=TWO, steps=30, checkpoint_every=5)
+    assassin = Assassin(Path(settings.run_url))
+    assassin.start()
+    result = train_stage1(settings)
+    assassin.join()
+    assert assassin.killed
+    assert (result.status, result.step) == ("done", 30)
+    assert 5 <= result.resumed_from < 30 and result.resumed_from % 5 == 0
+    assert checkpoint.load(Path(result.checkpoint)).metadata["samples_seen"] == 120
+    assert runs_of(chain, "killed") == [result.mlflow_run]
+    steps = logged_steps(chain, result.mlflow_run)
+    assert steps == list(range(2, 31, 2))
+
+
+def test_what_a_worker_says_to_the_user_reaches_the_user(chain: Chain) -> None:
+    settings = chain.data.stage1("wrong-size", launcher="ray", preset="tiny64", workers=Workers(max_failures=0))
+    with pytest.raises(UsageError, match="A sample is 32x32, the network wants 64x64"):
+        train_stage1(settings)
+    (run_id,) = runs_of(chain, "wrong-size")
+    assert MlflowClient(chain.data.tracking_uri).get_run(run_id).info.status == "FAILED"
