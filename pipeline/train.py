@@ -195,8 +195,13 @@ def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[st
     view.split("train")
     prepared = prepare(training, corpus, view)
     storage = Storage.open(training.run_url)
-    identity = _claim(training, prepared, storage)
     finished = _finished(storage, training.steps)
+    if finished is None:
+        # Before the name is claimed: a server that is away leaves nothing behind.
+        reachable(tracking_location(training.tracking_uri))
+    if not storage.exists(RUN):  # the name of a run that cannot start is not taken
+        reachable(tracking_location(training.tracking_uri))
+    identity = _claim(training, prepared, storage)
     if finished is not None:
         return _result(training, storage, finished, "done earlier", prepared, started)
     handle = _track(training, prepared, view, identity)
@@ -366,10 +371,8 @@ def _finished(storage: Storage, steps: int) -> dict[str, Any] | None:
 
 
 def _track(training: Training, prepared: Prepared, view: View, identity: str) -> RunHandle:
-    uri = tracking_location(training.tracking_uri)
-    reachable(uri)
     handle = open_run(
-        uri,
+        tracking_location(training.tracking_uri),
         training.experiment,
         f"{training.name}@{identity}",
         training.name,
