@@ -221,12 +221,13 @@ def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError
             return cause
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
-    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
-        r"(?:Key|Option|key|option) '([\w.\-]+)' is not (?:expected|accepted)", text
+    unknown = (
+        re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text)
+        or re.search(r"(?:Key|Option|key|option) '([\w.\-]+)' is not (?:expected|accepted)", text)
+        or re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", text)
     )
-    nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", text)
-    if unknown or nested:
-        key = unknown[1] if unknown else ".".join(nested.groups()) if nested else ""
+    if unknown:
+        key = ".".join(unknown.groups())
         return UsageError(f"Unknown key {key!r}.{_nearest(key, list(known))}", f"See {job} --help.")
     return UsageError(f"{text.rstrip('.')}.", f"See {job} --help.")
 

@@ -155,6 +155,7 @@ def read_label_index(corpus: Corpus, name: str) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(corpus.storage.read(labels_index_path(name)))
     except FileNotFoundError as error:
+        corpus.manifest()  # where there is no corpus, that is the first thing to say
         known = sorted({entry.path.split("/")[1] for entry in corpus.storage.list("labels")})
         raise UsageError(
             f"The corpus {corpus.storage.url} has no labels {name!r}.",

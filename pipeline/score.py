@@ -141,22 +141,20 @@ def metric_facts_path(metric: str, fingerprint: str) -> str:
 
 
 def _declare(corpus: Corpus, config: ScoreConfig) -> dict[str, str]:
-    """Fingerprint of each metric; building them here proves that their weights are at hand."""
-    fingerprints = {}
+    """Fingerprint of each metric. All are built before anything is written: that proves their weights at hand."""
+    declared: dict[str, dict[str, Any]] = {}
     for metric in find_metrics(config.metrics, commercial_safe=config.commercial_safe):
         scorer = _loaded(metric.name, "cpu", config.weights_uri).scorer
-        facts = {
+        facts: dict[str, Any] = {
             **metric.facts(),
             "weights_sha256": scorer_digest(scorer),
             "pixels": config.pixels.digest(),
             "format": FORMAT,
         }
-        fingerprint = digest(facts)
-        write_document(
-            corpus.storage, metric_facts_path(metric.name, fingerprint), {**facts, "fingerprint": fingerprint}
-        )
-        fingerprints[metric.name] = fingerprint
-    return fingerprints
+        declared[metric.name] = {**facts, "fingerprint": digest(facts)}
+    for name, facts in declared.items():
+        write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), facts)
+    return {name: facts["fingerprint"] for name, facts in declared.items()}
 
 
 @dataclass(frozen=True)

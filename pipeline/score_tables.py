@@ -32,14 +32,17 @@ def read_metric_facts(corpus: Corpus, metric: str, chosen: Mapping[str, str]) ->
     """Facts of the one edition of a metric's scores that is meant (``scores/<metric>/<fingerprint>``).
 
     Raises:
-        UsageError: there is none, or there are several and none is chosen.
+        UsageError: there is no corpus, no edition, or there are several and none is chosen.
     """
     paths = [e.path for e in corpus.storage.list(f"scores/{metric}") if e.path.endswith("/_metric.json")]
     editions = {path.split("/")[2]: path for path in paths}
     wanted = chosen.get(metric) or (next(iter(editions)) if len(editions) == 1 else "")
     if wanted not in editions:
         if not editions:
-            raise UsageError(f"The corpus has no scores of {metric!r}.", "Run jobs/score.py with it first.")
+            corpus.manifest()  # where there is no corpus, that is the first thing to say
+            raise UsageError(
+                f"The corpus {corpus.storage.url} has no scores of {metric!r}.", "Run jobs/score.py first."
+            )
         raise UsageError(
             f"Scores of {metric!r} exist in the editions {', '.join(sorted(editions))}.",
             f"Choose one: --fingerprints.{metric}.",

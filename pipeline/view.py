@@ -69,6 +69,7 @@ def read_view(corpus: Corpus, reference: str) -> View:
     wanted = f"views/{match['name']}/v{int(match['version']):04d}.json" if match["version"] else None
     path = (versions[-1] if versions else None) if wanted is None else wanted
     if path is None or path not in versions:
+        corpus.manifest()  # where there is no corpus, that is the first thing to say
         known = sorted({e.path.split("/")[1] for e in corpus.storage.list("views") if "/" in e.path})
         raise UsageError(
             f"The corpus {corpus.storage.url} has no view {reference}.",
