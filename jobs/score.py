@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Score every sample of a corpus with no-reference quality metrics.
 
-python jobs/score.py --corpus s3://bucket/corpus --metrics [piqe,niqe,rank]
+python jobs/score.py --corpus s3://bucket/corpus --metrics "[piqe,niqe,rank]"
 """
 
 from pipeline.command import command

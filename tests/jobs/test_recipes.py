@@ -58,6 +58,8 @@ def test_each_section_reads_what_an_earlier_one_writes(path: Path) -> None:
     assert configs["evaluate"].checkpoint == configs["register"].checkpoint == stage2.run_url
     assert configs["register"].evaluation.startswith(stage2.run_url)
     assert stage1.preset == stage2.preset
+    if "stage3" in configs:
+        assert configs["stage3"].stage2 == stage2.run_url and configs["stage3"].view == stage2.view
 
 
 def test_a_training_of_a_recipe_can_be_started_without_ray() -> None:
