@@ -7,7 +7,6 @@ its name, and a sidecar written last holds its sha256 and the view it was made f
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import select
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -189,9 +187,3 @@ def _stop_group(process: "subprocess.Popen[bytes]", wait_s: float) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, action)
     process.wait()
-
-
-def sha256_file(path: Path) -> str:
-    """Of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ not done again.
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -131,7 +130,6 @@ def demo(config: DemoConfig) -> DemoResult:
         IqpirError: what the first failing step raised.
     """
     started = time.monotonic()
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     pictures = config.input or scikit_image_pictures(f"{config.folder}/pictures")
     corpus, runs = f"{config.folder}/corpus", f"{config.folder}/runs"
     tracking = tracking_location(config.tracking_uri, config.folder)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode
+from iqpir.training.checkpoint import file_sha256
 from pipeline.beton import (
     BetonFacts,
     BetonPlan,
@@ -28,7 +29,6 @@ from pipeline.beton import (
     Picture,
     page_size_for,
     require_ffcv,
-    sha256_file,
     write_beton,
 )
 from pipeline.beton_reader import read_back
@@ -156,7 +156,7 @@ def _write_verified(
     read_back(target, rows["quality"].to_numpy().astype(np.float64), expected, request.mode)
     with target.open("rb") as file:
         os.fsync(file.fileno())
-    return dataclasses.replace(facts, sha256=sha256_file(target), size=target.stat().st_size)
+    return dataclasses.replace(facts, sha256=file_sha256(target), size=target.stat().st_size)
 
 
 def _picture(request: BetonRequest, corpus: Corpus, row: Mapping[str, Any]) -> Picture:

@@ -19,7 +19,8 @@ import torch
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.stages.batch import Batch
-from pipeline.beton import BetonFacts, require_ffcv, sha256_file
+from iqpir.training.checkpoint import file_sha256
+from pipeline.beton import BetonFacts, require_ffcv
 from pipeline.beton_reader import BetonReader
 from pipeline.feed import IndexedFeed, Picture, Samples
 
@@ -140,7 +141,7 @@ def _verify_once(beton: Path, facts: BetonFacts) -> None:
         file.seek(0)
         if file.read() == content:
             return
-        if sha256_file(beton) != facts.sha256:
+        if file_sha256(beton) != facts.sha256:
             raise VerificationError(f"{beton} does not have the sha256 of its sidecar.", _AGAIN)
         file.truncate(0)
         file.write(content)

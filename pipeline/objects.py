@@ -153,8 +153,8 @@ class Objects:
             return
 
     def discard(self, entry: Entry) -> None:
-        """Never called: ``unfinished`` is empty."""
-        raise NotImplementedError(entry.path)
+        """Delete what ``unfinished`` listed."""
+        self.remove(entry.path)
 
     def download(self, path: str, target: Path) -> None:
         """Copy to a file of this machine."""

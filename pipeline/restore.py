@@ -18,13 +18,13 @@ from iqpir.pixels import PictureError
 from iqpir.restorer import Restorer
 from iqpir.training.checkpoint import load
 from pipeline.checkpoints import fetch_checkpoint
+from pipeline.plan import EXTENSIONS
 from pipeline.progress import progress
 from pipeline.storage import Entry, Storage
 from pipeline.tracking import reachable, tracking_location, wait_at_most
 
 RECORD = "restored.jsonl"
 _REGISTRY = ("models:/", "runs:/")
-_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"])
 Restore = Callable[[bytes], tuple[bytes | None, str | None]]
 """Picture bytes -> (PNG bytes, None) or (None, why not)."""
 
@@ -86,9 +86,9 @@ def restore(config: RestoreConfig) -> RestoreResult:
     """
     started = time.monotonic()
     source, target = Storage.open(config.input), Storage.open(config.output)
-    entries = [e for e in source.list() if PurePosixPath(e.path).suffix.lower() in _SUFFIXES]
+    entries = [e for e in source.list() if PurePosixPath(e.path).suffix.lower() in EXTENSIONS]
     if not entries:
-        raise UsageError(f"There are no pictures below {config.input}.", f"Known: {' '.join(sorted(_SUFFIXES))}.")
+        raise UsageError(f"There are no pictures below {config.input}.", f"Known: {' '.join(sorted(EXTENSIONS))}.")
     config = _pinned(config)
     request = digest([_weights(config.model), config.quality, config.fidelity])
     earlier = _earlier(target, request)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from iqpir.errors import VerificationError
 from pipeline.corpus import Corpus
+from pipeline.layout import sha256_hex
 
 _OPEN_SHARDS = 64
 
@@ -65,7 +66,7 @@ class ShardCache:
                 return target
             data = self.corpus.storage.read(shard)
             expected = self.corpus.manifest().object(shard)
-            if hashlib.sha256(data).hexdigest() != expected.sha256:
+            if sha256_hex(data) != expected.sha256:
                 raise VerificationError(
                     f"{self.corpus.storage.uri(shard)} does not have the sha256 of the manifest.",
                     "Run jobs/verify.py on the corpus.",

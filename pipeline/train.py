@@ -31,6 +31,7 @@ from pipeline.corpus import Corpus
 from pipeline.encode import read_codes
 from pipeline.feed import FeedConfig, IndexedFeed, Samples
 from pipeline.launch import Launcher, Workers, launch
+from pipeline.layout import to_json
 from pipeline.progress import progress
 from pipeline.storage import Storage
 from pipeline.tracking import (
@@ -259,7 +260,7 @@ def run_worker(plan: Mapping[str, Any], training_type: type[Training], build: Bu
             run_log.close()
     if distributed.is_main:
         outcome = {**dataclasses.asdict(result), "mlflow_run": handle.run_id}
-        Storage.open(training.run_url).publish(RESULT, _json(outcome))
+        Storage.open(training.run_url).publish(RESULT, to_json(outcome))
     # Under torchrun each rank is its own driver, and reads the result next.
     distributed.barrier()
 
@@ -276,7 +277,7 @@ def _step_meter(training: Training, distributed: Distributed) -> Iterator[Callab
             nonlocal spoken
             if step == steps or time.monotonic() - spoken > _POLL_SECONDS:
                 spoken = time.monotonic()
-                storage.publish(PROGRESS, _json({"step": step}))
+                storage.publish(PROGRESS, to_json({"step": step}))
 
         yield leave
     else:
@@ -336,8 +337,8 @@ def _claim(training: Training, prepared: Prepared, storage: Storage) -> str:
         "network": prepared.network.to_dict(),
         "lineage": prepared.lineage,
     }
-    ours = json.loads(_json(identity))
-    theirs = json.loads(storage.create(RUN, _json(identity)))
+    ours = json.loads(to_json(identity))
+    theirs = json.loads(storage.create(RUN, to_json(identity)))
     different = sorted(_differences(ours, theirs))
     if different:
         raise UsageError(
@@ -376,7 +377,7 @@ def _track(training: Training, prepared: Prepared, view: View, identity: str) ->
         training.experiment,
         f"{training.name}@{identity}",
         training.name,
-        _flat(dataclasses.asdict(training)),
+        dataclasses.asdict(training),
         {
             "stage": training.stage_name,
             **{f"lineage.{key}": value for key, value in prepared.lineage.items()},
@@ -445,21 +446,6 @@ def _spool_folder() -> Path:
     if "://" in folder:
         return Path(tempfile.gettempdir()) / "iqpir-spool"
     return Path(folder).expanduser().resolve() / "spool"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mapping to dotted names and short texts, as MLflow parameters are."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
-
-
-def _json(values: Any) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def network_config(training: Training, base: NetworkConfig | None = None, **derived: Any) -> NetworkConfig:

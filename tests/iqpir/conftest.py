@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-_FILE = Path(__file__).parents[1] / "training" / "tiny_training.py"
+_FILE = Path(__file__).parent / "training" / "tiny_training.py"
 
 
 @pytest.fixture(scope="session")
