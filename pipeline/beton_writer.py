@@ -10,10 +10,11 @@ import os
 import sys
 import threading
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
+import ffcv.writer
 import numpy as np
 import pyarrow.parquet as pq
 from ffcv.fields import FloatField, IntField, RGBImageField
@@ -55,25 +56,40 @@ class BetonSamples:
         return fitted, float(row["quality"]), int(index)
 
 
+class Worker(multiprocessing.Process):
+    """A worker of ffcv, which keeps its own to itself.
+
+    ``multiprocessing.active_children`` forgets a process that ended between two calls, and one that fails on
+    its first sample lives for less than that: only the starter sees them all.
+    """
+
+    started: ClassVar[list["Worker"]] = []
+
+    def start(self) -> None:
+        """Start, and stay in sight."""
+        super().start()
+        Worker.started.append(self)
+
+
 def watch(samples: BetonSamples) -> None:
-    """Report progress; leave the process when a worker has died."""
-    workers: set[BaseProcess] = set()
-    while True:
-        workers |= set(multiprocessing.active_children())
-        dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
-        if dead:
-            for worker in workers:
-                worker.kill()
-            os._exit(1)
-        sys.stdout.write(f"{samples.read.value}\n")
-        sys.stdout.flush()
+    """Report progress; leave the process when a worker has died, or when nobody reads the reports any more."""
+    while not any(worker.exitcode not in (None, 0) for worker in Worker.started):
+        try:
+            # Not through sys.stdout: a worker forked while this thread held its lock would hang on leaving.
+            os.write(1, f"{samples.read.value}\n".encode())
+        except BrokenPipeError:
+            break
         time.sleep(_POLL_S)
+    for worker in list(Worker.started):
+        worker.kill()
+    os._exit(1)
 
 
 def main(text: str) -> None:
     """Write the ``.beton`` that the JSON ``text`` plans."""
     plan = BetonPlan(**json.loads(text))
     samples = BetonSamples(plan)
+    ffcv.writer.Process = Worker
     threading.Thread(target=watch, args=(samples,), daemon=True).start()
     fields = (
         RGBImageField(write_mode=plan.mode, jpeg_quality=plan.jpeg_quality),

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -239,6 +241,33 @@ def test_a_writer_that_hangs_is_stopped(labelled_corpus: Any, tmp_path: Path) ->
     with pytest.raises(PermanentError, match="no new sample for 25 s"):
         write_beton(beton_plan(made, tmp_path, rows), stall_s=25)
     assert is_freed(before)
+
+
+LOOKS_AWAY = """
+import sys
+from pipeline import beton_writer
+worker = beton_writer.Worker(target=sys.exit, args=(3,))
+worker.start()
+worker.join()
+import multiprocessing
+multiprocessing.active_children()  # ffcv's own starting of processes forgets the ended ones, too
+beton_writer.watch(type("Samples", (), {"read": multiprocessing.Value("Q", 0)}))
+"""
+
+
+@needs_ffcv
+def test_a_worker_that_died_before_anybody_looked_is_seen() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKS_AWAY], stdout=subprocess.DEVNULL, timeout=60, check=False)
+    assert done.returncode == 1
+
+
+@needs_ffcv
+def test_a_writer_whose_reader_has_gone_leaves() -> None:
+    gone, stays = os.pipe()
+    os.close(gone)
+    done = subprocess.run([sys.executable, "-c", LOOKS_AWAY.replace("3,", "0,")], stdout=stays, timeout=60, check=False)
+    os.close(stays)
+    assert done.returncode == 1
 
 
 @needs_ffcv
