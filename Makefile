@@ -9,6 +9,9 @@ EXTRAS ?= pipeline,iqa,plugin,test
 FFCV := $(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,export)
 ALL_EXTRAS := $(EXTRAS)$(FFCV)
 BIN := .venv/bin
+# Two processes of tests: most tests compute on one thread. `make test PROCESSES=0` runs them in one.
+PROCESSES ?= 2
+PYTEST := $(BIN)/pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 CHECKED := iqpir pipeline jobs tests infra
 comma := ,
 # Threads that wait sleep instead of spinning: beside other work, spinning made a training step 15 times slower.
@@ -45,10 +48,10 @@ static: env
 	@$(BIN)/lint-imports --no-cache
 
 check: static ## The loop to work in: formatting, lint, types, import contracts, fast tests
-	@$(BIN)/pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test: static ## Everything: the static checks and all tests
-	@$(BIN)/pytest -q
+	@$(PYTEST)
 
 demo: env ## The whole chain on sample pictures, or on yours: make demo INPUT=/a/folder
 	@$(BIN)/python jobs/demo.py $(if $(INPUT),--input $(INPUT))

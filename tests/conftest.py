@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from tests.chain import Chain
 
 
+RAY_FIXTURES = frozenset({"local_ray", "chain"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal tests out to processes: all that share the session's Ray to one, of the others a file to one.
+
+    What shares Ray comes first, because it takes longest and is one piece.
+    """
+
+    def shares_ray(item: pytest.Item) -> bool:
+        return not RAY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+
+    shared = {item.path for item in items if shares_ray(item)}
+    items.sort(key=lambda item: item.path not in shared)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in shared else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No workspace, server or credential of the machine reaches a test."""
