@@ -9,17 +9,9 @@ from iqpir.stages.stage1 import Stage1, Stage1Config
 from iqpir.training.distributed import Distributed
 from pipeline.corpus import Corpus
 from pipeline.perceptual import perceptual_term
-from pipeline.train import (
-    Parts,
-    Prepared,
-    Training,
-    TrainResult,
-    lineage_of,
-    network_config,
-    run_training,
-    run_worker,
-    training_feed,
-)
+from pipeline.train import run_training
+from pipeline.train_worker import run_worker, training_feed
+from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
 from pipeline.view import View
 
 

@@ -15,17 +15,9 @@ from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
 from pipeline.prior import build_prior, check_prior
 from pipeline.storage import Storage
-from pipeline.train import (
-    Parts,
-    Prepared,
-    Training,
-    TrainResult,
-    lineage_of,
-    network_config,
-    run_training,
-    run_worker,
-    training_feed,
-)
+from pipeline.train import run_training
+from pipeline.train_worker import run_worker, training_feed
+from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
 from pipeline.view import View
 
 

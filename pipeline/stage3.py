@@ -16,17 +16,9 @@ from pipeline.encode import codes_digest, codes_fingerprint
 from pipeline.perceptual import perceptual_term
 from pipeline.stage2 import degradation_for, require_same_calibration
 from pipeline.storage import Storage
-from pipeline.train import (
-    Parts,
-    Prepared,
-    Training,
-    TrainResult,
-    lineage_of,
-    network_config,
-    run_training,
-    run_worker,
-    training_feed,
-)
+from pipeline.train import run_training
+from pipeline.train_worker import run_worker, training_feed
+from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
 from pipeline.view import View
 
 

@@ -19,7 +19,7 @@ from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
 from pipeline.stage1 import Stage1Training, train_stage1
 from pipeline.stage2 import Stage2Training
-from pipeline.train import TrainResult
+from pipeline.training import TrainResult
 from pipeline.units import SchedulingConfig
 from tests.conftest import draw_picture
 

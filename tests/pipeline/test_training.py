@@ -23,7 +23,7 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
 from pipeline.stage1 import train_stage1
 from pipeline.stage2 import train_stage2
-from pipeline.train import Training, TrainResult
+from pipeline.training import Training, TrainResult
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
 
