@@ -77,6 +77,8 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
+_PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -186,13 +188,30 @@ def decode(data: bytes, policy: PixelPolicy | None = None) -> Picture:
         PictureError: the bytes are no complete picture under the policy.
     """
     policy = policy or PixelPolicy()
-    if not data:
-        raise PictureError("empty", "There are no bytes.")
-    if len(data) > policy.max_bytes:
-        raise PictureError("too_large", f"{len(data)} bytes are more than {policy.max_bytes}.")
+    _require_size(data, policy)
     with _pillow_warnings_ignored():
         loaded = _load(data, policy)
         return _picture(loaded, data, policy)
+
+
+def read_facts(data: bytes, policy: PixelPolicy | None = None) -> dict[str, Any]:
+    """``Picture.facts`` of one picture, which is decoded as by ``decode`` and not kept: cheaper where bytes pass on.
+
+    Args:
+        data: an encoded picture.
+        policy: what is allowed; the default policy if None.
+
+    Raises:
+        PictureError: exactly where ``decode`` raises it.
+    """
+    policy = policy or PixelPolicy()
+    _require_size(data, policy)
+    with _pillow_warnings_ignored():
+        loaded = _load(data, policy)
+        use = _profile_use(loaded.image)
+        if use is None:
+            return _picture(loaded, data, policy).facts()
+        return _facts(loaded, data, use)
 
 
 def encode_png(array: NDArray[np.uint8], compression: int = 6) -> bytes:
@@ -212,6 +231,13 @@ def encode_jpeg(array: NDArray[np.uint8], quality: int = 95) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
+
+
+def _require_size(data: bytes, policy: PixelPolicy) -> None:
+    if not data:
+        raise PictureError("empty", "There are no bytes.")
+    if len(data) > policy.max_bytes:
+        raise PictureError("too_large", f"{len(data)} bytes are more than {policy.max_bytes}.")
 
 
 @contextmanager
@@ -330,35 +356,57 @@ def _check_png(data: bytes) -> None:
 
 def _picture(loaded: _Loaded, data: bytes, policy: PixelPolicy) -> Picture:
     """Colours and orientation of a loaded frame made uniform."""
-    image, stored, pending = loaded.image, loaded.stored_orientation, loaded.pending_orientation
-    original = image.size[::-1] if stored >= 5 and pending == 1 else image.size
-    had_alpha = image.has_transparency_data
-    bit_depth, channels = _bit_depth(image, data), len(image.getbands())
+    facts = _facts(loaded, data, (False, False))
     try:
-        colours, alpha, used, broken = _to_srgb(image)
+        colours, alpha, used, broken = _to_srgb(loaded.image)
     except PictureError:
         raise
     except _DECODER_ERRORS as error:
         raise PictureError("corrupt", f"The colours do not convert to RGB ({error}).") from error
     if alpha is not None:
         colours = Image.composite(colours, Image.new("RGB", colours.size, policy.background), alpha)
-    if pending in _UPRIGHT:
-        colours = colours.transpose(_UPRIGHT[pending])
-    return Picture(
-        array=np.array(colours, dtype=np.uint8),
-        format="JPEG" if image.format == "MPO" else str(image.format),
-        width=colours.width,
-        height=colours.height,
-        original_width=original[0],
-        original_height=original[1],
-        bit_depth=bit_depth,
-        channels=channels,
-        exif_orientation=stored,
-        icc_profile=used,
-        icc_broken=broken,
-        had_alpha=had_alpha,
-        animated=loaded.animated,
-    )
+    if loaded.pending_orientation in _UPRIGHT:
+        colours = colours.transpose(_UPRIGHT[loaded.pending_orientation])
+    return Picture(**{**facts, "icc_profile": used, "icc_broken": broken}, array=np.array(colours, dtype=np.uint8))
+
+
+def _facts(loaded: _Loaded, data: bytes, profile: tuple[bool, bool]) -> dict[str, Any]:
+    """``Picture.facts`` of a loaded frame; ``profile``: whether one is used, whether it is broken."""
+    image, stored, pending = loaded.image, loaded.stored_orientation, loaded.pending_orientation
+    turned = image.size[::-1]
+    width, height = turned if pending >= 5 else image.size
+    original = turned if stored >= 5 and pending == 1 else image.size
+    return {
+        "format": "JPEG" if image.format == "MPO" else str(image.format),
+        "width": width,
+        "height": height,
+        "original_width": original[0],
+        "original_height": original[1],
+        "bit_depth": _bit_depth(image, data),
+        "channels": len(image.getbands()),
+        "exif_orientation": stored,
+        "icc_profile": profile[0],
+        "icc_broken": profile[1],
+        "had_alpha": image.has_transparency_data,
+        "animated": loaded.animated,
+    }
+
+
+def _profile_use(image: Image.Image) -> tuple[bool, bool] | None:
+    """Whether the profile of a frame is used, whether it is broken; None where only converting the pixels tells.
+
+    Frames of these modes convert whenever a transform can be made.
+    """
+    if image.mode not in ("RGB", "L", "CMYK") or image.has_transparency_data:
+        return None
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return False, False
+    try:
+        _fitting_transform(profile, image.mode)
+    except _PROFILE_ERRORS:
+        return False, True
+    return True, False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -386,12 +434,17 @@ def _to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, bool,
     if not profile:
         return _plain_rgb(image), alpha, False, False
     try:
-        space = _colour_space(profile)
-        fitting = image if (space, image.mode) in {("GRAY", "L"), ("CMYK", "CMYK")} else image.convert("RGB")
-        converted = _transform(profile, fitting.mode).apply(fitting)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        mode, transform = _fitting_transform(profile, image.mode)
+        converted = transform.apply(image if image.mode == mode else image.convert(mode))
+    except _PROFILE_ERRORS:
         return _plain_rgb(image), alpha, False, True
     return converted, alpha, True, False
+
+
+def _fitting_transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform]:
+    """The mode that a frame of ``mode`` has to have, and the transform from there to sRGB."""
+    fits = (_colour_space(profile), mode) in {("GRAY", "L"), ("CMYK", "CMYK")}
+    return (mode, _transform(profile, mode)) if fits else ("RGB", _transform(profile, "RGB"))
 
 
 @lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from iqpir.errors import UsageError
 
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,4 +83,4 @@ def _rank(identity: str, window: Window) -> bytes:
 
 
 def _std(crop: NDArray[np.uint8]) -> float:
-    return float((crop.astype(np.float32) @ _LUMA).std())
+    return float((crop.astype(np.float32) @ LUMA).std())

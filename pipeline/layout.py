@@ -9,6 +9,8 @@
     scores/<metric>/<fingerprint>/000012-<sha12>.parquet
     codes/<stage-1 digest>/000012-<sha12>.parquet
     labels/<name>/000012-<sha12>.parquet + _labels.json, calibrations/<name>.json
+    hashes/<fingerprint>/000012-<sha12>.parquet
+    dedup/<name>/000012-<sha12>.parquet + _dedup.json
     views/<name>/v0001.parquet + .json
     _manifest/v000001.parquet + .json, _SUCCESS, shards.txt
 
@@ -43,6 +45,12 @@ INPUTS = pa.schema(
     ]
 )
 """A plan: one row per input, in units of neighbouring rows."""
+
+DETAILED_INPUTS = INPUTS.append(pa.field("detail", pa.string()))
+"""A plan of lists or tars: ``detail`` is JSON (``pipeline.sources.inputs.Input``)."""
+
+REMOVED = pa.schema([("relpath", pa.string())])
+"""Inputs that a pruning plan removes: one row per input."""
 
 SAMPLES = pa.schema(
     [
@@ -98,6 +106,43 @@ SCORES = pa.schema(
     ]
 )
 """Raw scores of one metric: one row per sample of the unit, null where the status is no success."""
+
+TILED_SCORES = pa.schema(
+    [
+        *SCORES,
+        ("tiles", pa.int32()),
+        ("tile_mean", pa.float32()),
+        ("tile_p10", pa.float32()),
+        ("tile_min", pa.float32()),
+    ]
+)
+"""Scores of pictures cut into tiles: ``raw`` is one of the three; p10 and min count from the worse end."""
+
+HASHES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("sample_sha256", pa.string()),
+        ("status", pa.string()),
+        ("error_code", pa.string()),
+        ("pixel_digest", pa.string()),
+        ("phash", pa.binary(8)),
+        ("contrast", pa.float32()),
+        ("thumbnail", pa.binary(192)),
+    ]
+)
+"""What near-duplicates are known by (``pipeline.dedup_hashes``); null where the status is no success."""
+
+DEDUP = pa.schema(
+    [
+        ("key", pa.string()),
+        ("cluster", pa.string()),
+        ("cluster_size", pa.int32()),
+        ("duplicate_of", pa.string()),
+        ("match", pa.string()),
+    ]
+)
+"""``cluster`` is its smallest key. ``duplicate_of``: the sample kept in place of this one, null if it is kept;
+``match``: what ties it to that one or to the cluster's first (bytes, pixels, perceptual), null for itself."""
 
 MANIFEST = pa.schema(
     [
@@ -204,6 +249,21 @@ def labels_path(name: str, ordinal: int, sha256: str) -> str:
 def labels_index_path(name: str) -> str:
     """What a set of labels was made from, and its objects."""
     return f"labels/{name}/_labels.json"
+
+
+def hashes_path(fingerprint: str, ordinal: int, sha256: str) -> str:
+    """The hashes of a unit's samples."""
+    return f"hashes/{fingerprint}/{ordinal:06d}-{sha256[:12]}.parquet"
+
+
+def dedup_path(name: str, ordinal: int, sha256: str) -> str:
+    """The clusters of a unit's samples."""
+    return f"dedup/{name}/{ordinal:06d}-{sha256[:12]}.parquet"
+
+
+def dedup_index_path(name: str) -> str:
+    """How near-duplicates were found, and the objects that say which they are."""
+    return f"dedup/{name}/_dedup.json"
 
 
 def calibration_path(name: str) -> str:

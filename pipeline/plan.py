@@ -3,14 +3,13 @@
 The cut depends on the inputs and the configuration alone, never on a cluster. A unit's id covers paths, sizes
 and etags of its inputs, the configuration and its ordinal: a record of other work can never match it.
 Appending makes a new generation of the new and the changed inputs: old units stay, ordinals go on.
-Inputs that vanish keep their samples.
+Inputs that vanish keep their samples, unless a pruning generation names them as removed.
 """
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +17,29 @@ import pyarrow.compute as pc
 
 from iqpir.config import digest
 from iqpir.errors import IncompleteError, UsageError, VerificationError
-from pipeline.documents import in_threads, objects_of, read_document, require_keys, write_document
+from pipeline.documents import (
+    in_threads,
+    objects_of,
+    publish_table,
+    read_document,
+    require_keys,
+    write_document,
+)
 from pipeline.layout import (
+    DETAILED_INPUTS,
     INPUTS,
+    REMOVED,
     SCHEMA_VERSION,
-    ObjectRef,
     from_parquet,
     plan_path,
     plan_table_path,
     sha256_hex,
-    to_parquet,
 )
-from pipeline.storage import Entry, Storage
+from pipeline.sources.inputs import Input, Listing
+from pipeline.storage import Storage
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
-"""Files that are inputs, by lower-cased suffix; whether they are pictures is found out by decoding."""
-
+UNKNOWN_BYTES = 1 << 18
+"""What an input counts whose size nobody knows before its unit is worked on."""
 PLAN_ATTEMPTS = 5
 PLAN_KEYS = frozenset(
     [
@@ -51,14 +57,6 @@ PLAN_KEYS = frozenset(
 )
 
 
-class Input(NamedTuple):
-    """One planned file."""
-
-    relpath: str
-    size: int
-    etag: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardUnit:
     """A planned unit: what becomes one shard and one table of rows."""
@@ -70,17 +68,8 @@ class ShardUnit:
     source: str
     """URL that the inputs' paths are relative to."""
     inputs: tuple[Input, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What was found at an input URL."""
-
-    url: str
-    inputs: list[Entry]
-    """Sorted by path."""
-    ignored: int
-    """Files with other extensions."""
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    """How the inputs are read (``Listing.reading``); empty for a folder of pictures."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,8 @@ class Generation:
 
     facts: Mapping[str, Any]
     table: pa.Table
+    removed: pa.Table = field(default_factory=REMOVED.empty_table)
+    """Inputs of earlier generations that are gone from the source (``REMOVED``)."""
 
     @property
     def number(self) -> int:
@@ -107,7 +98,7 @@ class Generation:
             if unit_id in skip:
                 continue
             rows = self.table.slice(first, last - first)
-            columns = (rows[name].to_pylist() for name in ("relpath", "size", "etag"))
+            columns = (rows[name].to_pylist() for name in Input._fields if name in rows.column_names)
             yield ShardUnit(
                 unit_id=unit_id,
                 ordinal=rows["ordinal"][0].as_py(),
@@ -115,6 +106,7 @@ class Generation:
                 collection=self.collection,
                 source=self.facts["input"],
                 inputs=tuple(Input(*values) for values in zip(*columns, strict=True)),
+                reading=self.facts.get("source", {}),
             )
 
     def unit_ids(self) -> dict[str, int]:
@@ -125,51 +117,10 @@ class Generation:
 
     def _bounds(self) -> list[tuple[int, int]]:
         ordinals = self.table["ordinal"].to_numpy()
+        if not len(ordinals):
+            return []
         starts = [0, *(np.flatnonzero(np.diff(ordinals)) + 1).tolist()]
         return list(zip(starts, [*starts[1:], len(ordinals)], strict=True))
-
-
-def list_inputs(url: str) -> Listing:
-    """Pictures below a folder or prefix.
-
-    Raises:
-        UsageError: it does not exist, or has no file with a picture's extension.
-    """
-    storage = Storage.open(url)
-    found = storage.list()
-    if not found:
-        folder = storage.local("")
-        if folder is not None and folder.is_file():
-            raise UsageError(f"The input {url} is a file.", "Give the folder or prefix that holds the pictures.")
-        what = "is empty" if folder is None or folder.is_dir() else "does not exist"
-        raise UsageError(f"The input {url} {what}.", "Check --input.")
-    inputs = [entry for entry in found if PurePosixPath(entry.path).suffix.lower() in EXTENSIONS]
-    if not inputs:
-        raise UsageError(
-            f"None of the {len(found)} files below {url} has a picture's extension.",
-            f"Known extensions: {', '.join(sorted(EXTENSIONS))}.",
-        )
-    for entry in inputs:
-        if not _is_text(entry.path):
-            raise UsageError(f"The file name {entry.path!a} below {url} is no UTF-8.", "Rename it.")
-    return Listing(url=storage.uri(), inputs=inputs, ignored=len(found) - len(inputs))
-
-
-def _absence(storage: Storage) -> str:
-    folder = storage.local("")
-    if folder is None:
-        return "has no objects"
-    if folder.is_file():
-        return "is a file"
-    return "is empty" if folder.is_dir() else "does not exist"
-
-
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_generations(storage: Storage) -> list[Generation]:
@@ -182,14 +133,23 @@ def read_generations(storage: Storage) -> list[Generation]:
     return in_threads(lambda path: _read_generation(storage, path), paths)
 
 
-def extend_plan(storage: Storage, listing: Listing, collection: str, settings: Mapping[str, Any]) -> list[Generation]:
-    """Join the plan of a corpus, first adding a generation if there are new or changed inputs.
+def extend_plan(
+    storage: Storage,
+    listing: Listing,
+    collection: str,
+    settings: Mapping[str, Any],
+    prune: bool = False,
+    again: Collection[str] = (),
+) -> list[Generation]:
+    """Join the plan of a corpus, first adding a generation if there are new, changed or removed inputs.
 
     Args:
         storage: the corpus.
         listing: the inputs as they are now.
         collection: what they belong to.
         settings: everything besides the inputs that decides bytes; has ``unit_bytes`` and ``unit_samples``.
+        prune: whether planned inputs that are not in ``listing`` count as removed; it has to be a whole one then.
+        again: relative paths of inputs that are planned again even where they are as they were.
 
     Returns:
         Every generation, oldest first.
@@ -201,38 +161,70 @@ def extend_plan(storage: Storage, listing: Listing, collection: str, settings: M
     for _ in range(PLAN_ATTEMPTS):
         generations = read_generations(storage)
         _require_same(generations, listing, collection, settings)
-        fresh = _fresh_inputs(generations, listing, collection)
-        if not fresh:
+        fresh = _fresh_inputs(generations, listing, collection, again)
+        removed = _removed_inputs(generations, listing, collection) if prune else REMOVED.empty_table()
+        if not fresh.num_rows and not removed.num_rows:
             return generations
-        if _write_generation(storage, generations, fresh, listing.url, collection, settings):
+        if _write_generation(storage, generations, fresh, removed, listing, collection, settings):
             return read_generations(storage)
     raise IncompleteError(f"Other jobs keep planning {storage.url}.", "Run again when they are done.")
 
 
-def make_unit_id(identity: Mapping[str, Any], ordinal: int, members: Sequence[tuple[str, int, str]]) -> str:
+def planned_containers(
+    generations: Sequence[Generation], collection: str, url: str, reading: Mapping[str, Any]
+) -> dict[str, str]:
+    """Etags that tars or Parquet files had when they were planned last, by path.
+
+    Args:
+        generations: the plan.
+        collection: whose inputs count.
+        url: the folder they are in.
+        reading: how they are read.
+    """
+    found: dict[str, str] = {}
+    for generation in generations:
+        if (generation.collection, generation.facts["input"]) != (collection, url):
+            continue
+        for path in _containers(generation.removed["relpath"]).unique().to_pylist():
+            found.pop(path, None)
+        if generation.facts.get("source", {}) == reading:
+            table = pa.table({"path": _containers(generation.table["relpath"]), "etag": generation.table["etag"]})
+            for row in table.group_by(["path", "etag"], use_threads=False).aggregate([]).to_pylist():
+                found[row["path"]] = row["etag"]
+    return found
+
+
+def identity_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a plan's facts that the ids of its units cover."""
+    return {name: facts[name] for name in ("collection", "input", "settings", "source") if name in facts}
+
+
+def make_unit_id(identity: Mapping[str, Any], ordinal: int, members: Sequence[Input]) -> str:
     """32 hex digits over everything that decides a unit's bytes.
 
     Args:
-        identity: ``collection``, ``input`` and ``settings``.
+        identity: ``identity_of`` the plan.
         ordinal: of the unit.
-        members: relative path, size and etag of each input.
+        members: its inputs.
     """
-    return digest({**identity, "ordinal": ordinal, "inputs": [list(member) for member in members]}, length=32)
+    inputs = [list(member) if member.detail else list(member[:3]) for member in members]
+    return digest({**identity, "ordinal": ordinal, "inputs": inputs}, length=32)
 
 
 def superseded(generations: Sequence[Generation]) -> dict[int, tuple[str, ...]]:
-    """Ordinal -> relative paths of its inputs that a later generation has again, because they changed."""
+    """Ordinal -> relative paths of its inputs that a later generation has again, because they changed, or removes."""
     later: dict[str, set[str]] = {}
     found: dict[int, list[str]] = {}
     for generation in reversed(generations):
         seen = later.setdefault(generation.collection, set())
-        paths = generation.table["relpath"].to_pylist()
         if seen:
-            for path, ordinal in zip(paths, generation.table["ordinal"].to_pylist(), strict=True):
-                if path in seen:
-                    found.setdefault(ordinal, []).append(path)
+            again = pc.is_in(generation.table["relpath"], value_set=pa.array(seen, pa.string()))
+            rows = generation.table.filter(again)
+            for path, ordinal in zip(rows["relpath"].to_pylist(), rows["ordinal"].to_pylist(), strict=True):
+                found.setdefault(ordinal, []).append(path)
         if generation is not generations[0]:
-            seen.update(paths)
+            seen.update(generation.table["relpath"].to_pylist())
+            seen.update(generation.removed["relpath"].to_pylist())
     return {ordinal: tuple(sorted(paths)) for ordinal, paths in found.items()}
 
 
@@ -240,16 +232,18 @@ def _read_generation(storage: Storage, path: str) -> Generation:
     facts = read_document(storage, path)
     require_keys(facts, PLAN_KEYS, storage.uri(path))
     refs = objects_of(storage.uri(path), facts)
-    if len(refs) != 1:
-        raise VerificationError(f"{storage.uri(path)} does not name one table.")
-    ref = refs[0]
-    try:
-        data = storage.read(ref.path)
-    except FileNotFoundError as error:
-        raise VerificationError(f"The plan's table {storage.uri(ref.path)} is missing.") from error
-    if sha256_hex(data) != ref.sha256:
-        raise VerificationError(f"The plan's table {storage.uri(ref.path)} is not what {path} says.")
-    return Generation(facts, from_parquet(data))
+    if len(refs) not in (1, 2):
+        raise VerificationError(f"{storage.uri(path)} does not name one table, or two.")
+    tables = []
+    for ref in refs:
+        try:
+            data = storage.read(ref.path)
+        except FileNotFoundError as error:
+            raise VerificationError(f"The plan's table {storage.uri(ref.path)} is missing.") from error
+        if sha256_hex(data) != ref.sha256:
+            raise VerificationError(f"The plan's table {storage.uri(ref.path)} is not what {path} says.")
+        tables.append(from_parquet(data))
+    return Generation(facts, *tables)
 
 
 def _require_same(
@@ -276,12 +270,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _fresh_inputs(generations: Sequence[Generation], listing: Listing, collection: str) -> list[Entry]:
-    """Inputs not planned yet, or not with this size and etag (by columns: there may be millions)."""
-    paths = pa.array([entry.path for entry in listing.inputs], pa.string())
-    sizes = pa.array([entry.size for entry in listing.inputs], pa.int64())
-    etags = pa.array([entry.etag for entry in listing.inputs], pa.string())
-    planned = np.zeros(len(listing.inputs), dtype=bool)
+def _fresh_inputs(
+    generations: Sequence[Generation], listing: Listing, collection: str, again: Collection[str]
+) -> pa.Table:
+    """Inputs not planned yet, not with this size and etag, or wanted again (by columns: there may be millions)."""
+    found = listing.table
+    paths = found["relpath"].combine_chunks()
+    planned = np.zeros(found.num_rows, dtype=bool)
     for generation in generations:
         if generation.collection != collection:
             continue
@@ -289,17 +284,42 @@ def _fresh_inputs(generations: Sequence[Generation], listing: Listing, collectio
         rows = pc.index_in(paths, value_set=table["relpath"].combine_chunks())
         known = pc.is_valid(rows).to_numpy(zero_copy_only=False)
         rows = pc.fill_null(rows, 0)
-        same_size = pc.equal(sizes, table["size"].take(rows)).to_numpy()
-        same_etag = pc.equal(etags, table["etag"].take(rows)).to_numpy()
-        planned = np.where(known, same_size & same_etag, planned)
-    return [entry for entry, done in zip(listing.inputs, planned.tolist(), strict=True) if not done]
+        if table.num_rows:
+            same_size = pc.equal(found["size"], table["size"].take(rows)).to_numpy()
+            same_etag = pc.equal(found["etag"], table["etag"].take(rows)).to_numpy()
+            planned = np.where(known, same_size & same_etag, planned)
+        if generation.removed.num_rows:
+            gone = pc.is_in(paths, value_set=generation.removed["relpath"].combine_chunks())
+            planned &= ~gone.to_numpy(zero_copy_only=False)
+    if again:
+        wanted = pc.is_in(paths, value_set=pa.array(again, pa.string()))
+        planned &= ~wanted.to_numpy(zero_copy_only=False)
+    return found.filter(pa.array(~planned))
+
+
+def _removed_inputs(generations: Sequence[Generation], listing: Listing, collection: str) -> pa.Table:
+    """Live inputs of a collection that are not listed."""
+    live = pa.array([], pa.string())
+    for generation in generations:
+        if generation.collection == collection:
+            gone = generation.removed["relpath"].combine_chunks()
+            live = live.filter(pc.invert(pc.is_in(live, value_set=gone)))
+            live = pa.concat_arrays([live, generation.table["relpath"].combine_chunks()]).unique()
+    listed = pc.is_in(live, value_set=listing.table["relpath"].combine_chunks())
+    return pa.table({"relpath": live.filter(pc.invert(listed))}, schema=REMOVED).sort_by("relpath")
+
+
+def _containers(paths: pa.Array) -> pa.Array:
+    """Paths of the files that inputs are in: without the fragment of a member or row."""
+    return pc.replace_substring_regex(paths, r"#(member=|row_group=\d+&row=\d+$).*", "")
 
 
 def _write_generation(
     storage: Storage,
     generations: Sequence[Generation],
-    inputs: Sequence[Entry],
-    url: str,
+    inputs: pa.Table,
+    removed: pa.Table,
+    listing: Listing,
     collection: str,
     settings: Mapping[str, Any],
 ) -> bool:
@@ -307,52 +327,51 @@ def _write_generation(
     number = len(generations) + 1
     ordinal = generations[-1].facts["first_ordinal"] + generations[-1].facts["units"] if generations else 0
     units = _cut(inputs, settings["unit_bytes"], settings["unit_samples"])
-    table = _table(inputs, units, ordinal, {"collection": collection, "input": url, "settings": settings})
-    data = to_parquet(table)
-    sha256 = sha256_hex(data)
-    path = plan_table_path(number, sha256)
-    ref = ObjectRef(path=path, bytes=len(data), sha256=sha256, rows=table.num_rows)
+    source = {"source": dict(listing.reading)} if listing.reading else {}
+    identity = {"collection": collection, "input": listing.url, "settings": settings, **source}
+    table = _table(inputs, units, ordinal, identity)
+    tables = [table, removed] if removed.num_rows else [table]
+    refs = [publish_table(storage, each, lambda sha256: plan_table_path(number, sha256)) for each in tables]
     facts = {
         "schema_version": SCHEMA_VERSION,
         "generation": number,
-        "collection": collection,
-        "input": url,
+        **identity,
         "settings": json.loads(json.dumps(settings)),
         "settings_digest": digest(settings),
         "first_ordinal": ordinal,
         "units": len(units),
-        "inputs": len(inputs),
-        "bytes": sum(entry.size for entry in inputs),
-        "objects": [ref.to_dict()],
+        "inputs": inputs.num_rows,
+        "bytes": pc.sum(inputs["size"]).as_py() or 0,
+        "objects": [ref.to_dict() for ref in refs],
     }
-    storage.publish(path, data)
     return write_document(storage, plan_path(number), facts) == facts
 
 
-def _cut(inputs: Sequence[Entry], unit_bytes: int, unit_samples: int) -> list[int]:
+def _cut(inputs: pa.Table, unit_bytes: int, unit_samples: int) -> list[int]:
     """How many neighbouring inputs each unit takes."""
-    counts, size = [0], 0
-    for entry in inputs:
-        if counts[-1] and (size + entry.size > unit_bytes or counts[-1] >= unit_samples):
+    unknown = pc.equal(inputs["etag"], "").to_numpy()
+    weights = np.where(unknown, UNKNOWN_BYTES, inputs["size"].to_numpy())
+    counts: list[int] = []
+    size = 0
+    for weight in weights.tolist():
+        if not counts or size + weight > unit_bytes or counts[-1] >= unit_samples:
             counts.append(0)
             size = 0
         counts[-1] += 1
-        size += entry.size
+        size += weight
     return counts
 
 
-def _table(inputs: Sequence[Entry], units: Sequence[int], first_ordinal: int, identity: Mapping[str, Any]) -> pa.Table:
+def _table(inputs: pa.Table, units: Sequence[int], first_ordinal: int, identity: Mapping[str, Any]) -> pa.Table:
     unit_ids: list[str] = []
     start = 0
     for ordinal, count in enumerate(units, first_ordinal):
-        members = [(entry.path, entry.size, entry.etag) for entry in inputs[start : start + count]]
-        unit_ids.append(make_unit_id(identity, ordinal, members))
+        values = (inputs[name].slice(start, count).to_pylist() for name in inputs.column_names)
+        unit_ids.append(make_unit_id(identity, ordinal, [Input(*each) for each in zip(*values, strict=True)]))
         start += count
     columns = {
-        "unit_id": np.repeat(np.array(unit_ids, dtype=object), units),
+        "unit_id": pa.array(np.repeat(np.array(unit_ids, dtype=object), units), pa.string()),
         "ordinal": np.repeat(np.arange(first_ordinal, first_ordinal + len(units), dtype=np.int32), units),
-        "relpath": [entry.path for entry in inputs],
-        "size": [entry.size for entry in inputs],
-        "etag": [entry.etag for entry in inputs],
+        **{name: inputs[name] for name in inputs.column_names},
     }
-    return pa.table(columns, schema=INPUTS)
+    return pa.table(columns, schema=DETAILED_INPUTS if "detail" in inputs.column_names else INPUTS)

@@ -1,11 +1,11 @@
-"""The verb ``shard``: a folder or prefix of pictures becomes a sealed corpus."""
+"""The verb ``shard``: pictures in folders, lists, tars or Parquet files become a sealed corpus."""
 
 import dataclasses
 import itertools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,15 @@ from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
 from pipeline.crops import CropPolicy
-from pipeline.plan import Generation, extend_plan, list_inputs
+from pipeline.decoding import DecodeConfig
+from pipeline.picture_rules import RejectPolicy, ResizePolicy, TilePolicy
+from pipeline.plan import Generation, extend_plan, planned_containers, read_generations
 from pipeline.records import Finished, finished
+from pipeline.retry import passing_failures
 from pipeline.seal import COUNTS, seal
 from pipeline.shard_unit import ShardWork
+from pipeline.sources.find import SourceConfig, find_inputs
+from pipeline.sources.http import HttpConfig
 from pipeline.storage import Storage
 from pipeline.units import SchedulingConfig, run_units
 
@@ -30,13 +35,31 @@ class ShardConfig:
     """From pictures to the shards of a corpus."""
 
     input: str
-    """Folder or URL prefix of the pictures; subfolders count."""
+    """Folder or URL prefix of the pictures (subfolders count); or a list of addresses, WebDataset tars, Parquet files,
+    by name, folder or pattern such as shards/{000..127}.tar."""
     corpus: str
     """Folder or URL of the corpus; made, resumed, or extended by inputs that are new or changed."""
     collection: str = "images"
     """Name of these inputs within the corpus: part of every key and of the shards' names."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """How the input is understood."""
+    http: HttpConfig = field(default_factory=HttpConfig)
+    """How inputs with an http(s) address are downloaded."""
+    retry: bool = False
+    """Whether inputs are planned again that failed for a reason that passes, such as a server that was away."""
+    prune: bool = False
+    """Whether inputs of this collection that are planned and no longer in the input are removed: the next manifest
+    leaves them out. Only for an --input that names all of the collection."""
     crop: CropPolicy = field(default_factory=CropPolicy)
     """How pictures are cut; by default they are kept whole, byte for byte."""
+    tile: TilePolicy = field(default_factory=TilePolicy)
+    """How large pictures are cut into tiles, stored as PNG."""
+    resize: ResizePolicy = field(default_factory=ResizePolicy)
+    """How large pictures are shrunk, before they are cut; stored as PNG."""
+    reject: RejectPolicy = field(default_factory=RejectPolicy)
+    """Which pictures are rejected."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Where pictures are decoded."""
     pixels: PixelPolicy = field(default_factory=PixelPolicy)
     """What counts as a picture."""
     min_side: int = 32
@@ -59,6 +82,8 @@ class ShardConfig:
         for name in ("min_side", "unit_bytes", "unit_samples", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)} is not positive.")
+        if self.crop.size and self.tile.size:
+            raise UsageError("Crops and tiles exclude each other.", "Give --crop.size or --tile.size.")
         if self.workers < 0:
             raise UsageError(f"workers {self.workers} is negative.")
 
@@ -66,6 +91,7 @@ class ShardConfig:
     def settings(self) -> dict[str, Any]:
         """Everything besides the inputs that decides the bytes of a corpus."""
         pixels = json.loads(json.dumps(dataclasses.asdict(self.pixels)))
+        policies = (("tile", self.tile), ("resize", self.resize), ("reject", self.reject))
         return {
             "format_version": FORMAT_VERSION,
             "crop": dataclasses.asdict(self.crop),
@@ -73,6 +99,8 @@ class ShardConfig:
             "min_side": self.min_side,
             "unit_bytes": self.unit_bytes,
             "unit_samples": self.unit_samples,
+            # Only where they do anything: a corpus without them keeps the fingerprint it had before they existed.
+            **{name: dataclasses.asdict(policy) for name, policy in policies if policy != type(policy)()},
         }
 
 
@@ -89,7 +117,7 @@ class ShardResult:
     statuses: dict[str, int]
     """Inputs by status."""
     ignored: int
-    """Files below the input without a picture's extension."""
+    """Files, members and lines of the input that are no inputs."""
     units: int
     skipped_units: int
     """Units that were done before."""
@@ -100,7 +128,7 @@ class ShardResult:
 
 
 def shard(config: ShardConfig) -> ShardResult:
-    """Cut a folder or bucket of pictures into the shards of a corpus.
+    """Cut a folder or bucket of pictures, a list, tars or Parquet files into the shards of a corpus.
 
     Every input ends in exactly one shard member (or in crops), or in one row that says why not. Stop it,
     lose workers, run it again: the same command goes on, and the result is the same bytes.
@@ -111,17 +139,31 @@ def shard(config: ShardConfig) -> ShardResult:
         PermanentError: no input gave a sample, or a unit cannot succeed.
     """
     began = time.monotonic()
-    listing = list_inputs(config.input)
     storage = Storage.open(config.corpus)
-    generations = extend_plan(storage, listing, config.collection, config.settings)
+
+    def planned(url: str, reading: Mapping[str, str]) -> Mapping[str, str]:
+        if config.prune:  # what is gone from a file shows only in all of it
+            return {}
+        return planned_containers(read_generations(storage), config.collection, url, reading)
+
+    listing = find_inputs(config.input, config.source, planned)
     fingerprint = digest(config.settings)
     known = finished(storage, STEP, fingerprint)
+    again: frozenset[str] = frozenset()
+    if config.retry:
+        again = passing_failures(storage, read_generations(storage), known, config.collection)
+    generations = extend_plan(storage, listing, config.collection, config.settings, config.prune, again)
     work = ShardWork(
         corpus=storage,
-        crop=config.crop,
         pixels=config.pixels,
         min_side=config.min_side,
         threads=config.threads,
+        crop=config.crop,
+        tile=config.tile,
+        resize=config.resize,
+        reject=config.reject,
+        decode=config.decode,
+        http=config.http,
     )
     total = sum(item.facts["units"] for item in generations)
     left = itertools.chain.from_iterable(item.units(skip=known) for item in generations)

@@ -5,57 +5,43 @@ number of workers. Every input ends in the tar or in a row that says why not.
 """
 
 import errno
-import functools
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from iqpir.pixels import Picture, PictureError, PixelPolicy, decode, encode_png
-from pipeline.crops import CropPolicy, choose_windows, cut
+from iqpir.pixels import PictureError, PixelPolicy
+from pipeline.crops import CropPolicy
+from pipeline.decoding import DecodeConfig, Decoder, open_decoder
 from pipeline.documents import publish_file, publish_table
-from pipeline.layout import SAMPLES, ObjectRef, samples_path, sha256_hex, shard_path, to_json
-from pipeline.plan import Input, ShardUnit
+from pipeline.layout import SAMPLES, ObjectRef, samples_path, shard_path, to_json
+from pipeline.picture_rules import RejectPolicy, ResizePolicy, TilePolicy
+from pipeline.plan import ShardUnit
+from pipeline.samples import FACTS, Item, Sampling, input_key
+from pipeline.sources.http import HttpConfig
+from pipeline.sources.inputs import InputError
+from pipeline.sources.reading import Request, open_reader
+from pipeline.sources.uri_list import metadata_of
 from pipeline.storage import Storage
 from pipeline.tar import TarWriter
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "GIF": "gif"}
-"""Member suffix by format: the content decides, not the input's name."""
-
-REJECTIONS = frozenset({"too_large", "too_many_pixels", "unsupported_format", "too_small", "flat"})
+REJECTIONS = frozenset(
+    {
+        "too_large", "too_many_pixels", "unsupported_format", "too_small", "flat", "aspect_ratio", "flat_regions",
+    }
+)  # fmt: skip
 """Codes of sound files that the configuration excludes; all others are failures."""
 
-_CROP_COMPRESSION = 6
-_FACTS = (
-    "format", "width", "height", "original_width", "original_height", "channels", "bit_depth",
-    "exif_orientation", "icc_profile",
-)  # fmt: skip
 _REMARKS = ("icc_broken", "had_alpha", "animated")
-
-
-class InputError(Exception):
-    """An input gives no sample; ``code`` becomes part of its status."""
-
-    def __init__(self, code: str, message: str) -> None:
-        self.code, self.message = code, message
-        super().__init__(code, message)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A row, and the encoded sample it is about (None for an input without one)."""
-
-    row: dict[str, Any]
-    data: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +49,15 @@ class ShardWork:
     """Turns a unit into objects and a commit record; travels to the workers."""
 
     corpus: Storage
-    crop: CropPolicy
     pixels: PixelPolicy
     min_side: int
     threads: int
+    crop: CropPolicy = field(default_factory=CropPolicy)
+    tile: TilePolicy = field(default_factory=TilePolicy)
+    resize: ResizePolicy = field(default_factory=ResizePolicy)
+    reject: RejectPolicy = field(default_factory=RejectPolicy)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
 
     def __call__(self, unit: ShardUnit) -> dict[str, Any]:
         """The commit record of ``unit``; its payload is stored.
@@ -90,76 +81,51 @@ class ShardWork:
 
     def _fill(self, tar: TarWriter, unit: ShardUnit, folder: Path) -> list[dict[str, Any]]:
         """Write every sample of ``unit`` to ``tar``, by key; returns all rows, by key."""
-        inputs = sorted(
-            ((input_key(unit.collection, entry.relpath), entry) for entry in unit.inputs),
-            key=lambda pair: pair[0],
-        )
-        source = Storage.open(unit.source)
+        inputs = sorted(unit.inputs, key=lambda entry: input_key(unit.collection, entry.relpath))
+        reader = open_reader(unit.source, unit.reading, self.http, self.pixels.max_bytes)
+        sampling = Sampling(self.min_side, self.crop, self.tile, self.resize, self.reject)
         rows: list[dict[str, Any]] = []
-        with ThreadPoolExecutor(self.threads) as pool:
-            examine = functools.partial(self._examine, unit, source)
-            examined = ordered_map(pool, lambda pair: examine(*pair), inputs, 2 * self.threads)
-            items = (item for found in examined for item in found)
-            for item in _by_key(items, folder) if self.crop.size else items:
-                rows.append(_add(tar, item))
+        with ThreadPoolExecutor(self.threads) as pool, open_decoder(self.decode, self.pixels) as decoder:
+
+            def examine(request: Request) -> list[Item]:
+                return _examine(unit, request, decoder, sampling)
+
+            try:
+                examined = ordered_map(pool, examine, reader.requests(inputs), 2 * self.threads)
+                items = (item for found in examined for item in found)
+                for item in items if reader.keeps_order and not sampling.cuts else _by_key(items, folder):
+                    rows.append(_add(tar, item))
+            finally:
+                reader.close()
         return sorted(rows, key=lambda row: row["key"])
 
-    def _examine(self, unit: ShardUnit, source: Storage, key: str, entry: Input) -> list[Item]:
-        row = {
-            **dict.fromkeys(SAMPLES.names),
-            "key": key,
-            "uri": source.uri(entry.relpath),
-            "relpath": entry.relpath,
-            "collection": unit.collection,
-            "input_etag": entry.etag,
-            "input_size": entry.size,
-            "unit_id": unit.unit_id,
-            "ordinal": unit.ordinal,
-            "metadata": "{}",
-        }
-        try:
-            data = self._read(source, entry)
-            picture = decode(data, self.pixels)
-            row.update(_facts(picture))
-            return self._samples(row, data, picture)
-        except (PictureError, InputError) as error:
-            kind = "rejected" if error.code in REJECTIONS else "failed"
-            problem = {"error_code": error.code, "error_message": error.message}
-            return [Item({**row, "status": f"{kind}_{error.code}", **problem}, None)]
 
-    def _read(self, source: Storage, entry: Input) -> bytes:
-        if entry.size > self.pixels.max_bytes:
-            raise InputError("too_large", f"{entry.size} bytes are more than {self.pixels.max_bytes}.")
-        try:
-            data = source.read(entry.relpath)
-            now = source.stat(entry.relpath)
-        except FileNotFoundError as error:
-            raise InputError("missing", "The file was planned and is gone.") from error
-        if (now.size, now.etag) != (entry.size, entry.etag) or len(data) != entry.size:
-            raise InputError("input_changed", "The file changed after it was planned; run again to append it.")
-        return data
-
-    def _samples(self, row: dict[str, Any], data: bytes, picture: Picture) -> list[Item]:
-        smallest = max(self.min_side, self.crop.size)
-        if min(picture.width, picture.height) < smallest:
-            raise InputError("too_small", f"{picture.width} x {picture.height} has a side below {smallest}.")
-        if not self.crop.size:
-            return [_sample(row, row["key"], SUFFIXES[picture.format], data)]
-        windows = choose_windows(picture.array, row["key"], self.crop)
-        if not windows:
-            raise InputError("flat", f"Every crop has a luma deviation below {self.crop.min_std}.")
-        size, items = self.crop.size, []
-        for window in windows:
-            place = {"crop_x": window.x, "crop_y": window.y, "crop_size": size, "width": size, "height": size}
-            key = input_key(row["collection"], f"{row['relpath']}#{window.x},{window.y},{size}")
-            png = encode_png(cut(picture.array, window, size), _CROP_COMPRESSION)
-            items.append(_sample({**row, **place, "format": "PNG"}, key, "png", png))
-        return items
-
-
-def input_key(collection: str, relpath: str) -> str:
-    """32 hex digits: without dots, so that tools which split names at the first dot cannot merge samples."""
-    return sha256_hex(f"{collection}/{relpath}".encode())[:32]
+def _examine(unit: ShardUnit, request: Request, decoder: Decoder, sampling: Sampling) -> list[Item]:
+    """Read and decode one input: its samples, or the row that says why there are none."""
+    entry = request.entry
+    row: dict[str, Any] = {
+        **dict.fromkeys(SAMPLES.names),
+        "key": input_key(unit.collection, entry.relpath),
+        "uri": request.uri,
+        "relpath": entry.relpath,
+        "collection": unit.collection,
+        "input_etag": entry.etag,
+        "input_size": entry.size,
+        "unit_id": unit.unit_id,
+        "ordinal": unit.ordinal,
+        "metadata": _metadata({}, metadata_of(entry)),
+    }
+    try:
+        found = request.fetch()
+        row |= {"input_etag": found.etag, "input_size": len(found.data), "metadata": _metadata({}, found.metadata)}
+        facts, pixels = decoder(found.data, sampling.needs_pixels)
+        row |= {name: facts[name] for name in FACTS}
+        row["metadata"] = _metadata(facts, found.metadata)
+        return sampling(row, found.data, pixels)
+    except (PictureError, InputError) as error:
+        kind = "rejected" if error.code in REJECTIONS else "failed"
+        problem = {"error_code": error.code, "error_message": error.message}
+        return [Item({**row, "status": f"{kind}_{error.code}", **problem}, None)]
 
 
 def ordered_map(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -177,24 +143,13 @@ def ordered_map(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Ite
             future.cancel()
 
 
-def _facts(picture: Picture) -> dict[str, Any]:
-    facts = picture.facts()
-    remarks = {name: True for name in _REMARKS if facts[name]}
-    return {**{name: facts[name] for name in _FACTS}, "metadata": to_json(remarks).decode().strip()}
-
-
-def _sample(row: dict[str, Any], key: str, suffix: str, data: bytes) -> Item:
-    return Item(
-        {
-            **row,
-            "key": key,
-            "status": "success",
-            "member": f"{key}.{suffix}",
-            "byte_size": len(data),
-            "sha256": sha256_hex(data),
-        },
-        data,
-    )
+def _metadata(facts: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+    """Remarks on the picture, and what its source says; names of the source that are taken get a prefix."""
+    remarks = {name: True for name in _REMARKS if facts.get(name)}
+    if not remarks and not source:
+        return "{}"
+    said = {f"source_{name}" if name in _REMARKS else name: value for name, value in source.items()}
+    return to_json({**said, **remarks}).decode().strip()
 
 
 def _by_key(items: Iterable[Item], folder: Path) -> Iterator[Item]:
@@ -217,7 +172,7 @@ def _add(tar: TarWriter, item: Item) -> dict[str, Any]:
     if item.data is None:
         return item.row
     row = {**item.row, "byte_offset": tar.add(item.row["member"], item.data)}
-    names = ("key", "collection", "relpath", "sha256", *_FACTS, "crop_x", "crop_y", "crop_size")
+    names = ("key", "collection", "relpath", "sha256", *FACTS, "crop_x", "crop_y", "crop_size")
     tar.add(f"{row['key']}.json", to_json({name: row[name] for name in names if row[name] is not None}))
     return row
 

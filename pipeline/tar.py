@@ -38,8 +38,12 @@ class TarWriter:
         """Append a member; returns the offset of its first byte in the file."""
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), MEMBER_MODE
-        offset = self._tar.offset + BLOCK
-        self._tar.addfile(info, io.BytesIO(data))
+        offset = self._hashing.position + BLOCK
+        # Not addfile: it copies in pieces of 16 KiB, each hashed and written alone.
+        self._hashing.write(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+        self._hashing.write(data)
+        self._hashing.write(bytes(-len(data) % BLOCK))
+        self._tar.offset = self._hashing.position
         return offset
 
     @property

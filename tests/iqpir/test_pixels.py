@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from iqpir.errors import UsageError
-from iqpir.pixels import CODES, FORMATS, PictureError, PixelPolicy, decode, encode_jpeg, encode_png
+from iqpir.pixels import (
+    CODES,
+    FORMATS,
+    Picture,
+    PictureError,
+    PixelPolicy,
+    decode,
+    encode_jpeg,
+    encode_png,
+    read_facts,
+)
 
 HEIGHT, WIDTH = 24, 40
 
@@ -345,3 +355,60 @@ def test_policies_that_cannot_be_kept_are_usage_errors() -> None:
 def test_a_picture_error_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(PictureError("corrupt", "because")))
     assert (error.code, error.message, str(error)) == ("corrupt", "because", "corrupt: because")
+
+
+def every_kind() -> dict[str, bytes]:
+    """Files whose facts differ in some way."""
+    image, small = Image.fromarray(ramp()), Image.fromarray(ramp()[:6, :8])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    found = {file_format: saved(image, file_format) for file_format in FORMATS}
+    found |= {f"turned {name}": saved(image, name, exif=exif) for name in ("JPEG", "PNG", "TIFF", "WEBP")}
+    found |= {f"mode {mode}": saved(image.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")}
+    found |= {
+        "cmyk": saved(image.convert("CMYK"), "JPEG"),
+        "cmyk profile": saved(image.convert("CMYK"), "JPEG", icc_profile=srgb),
+        "cmyk tiff": saved(image.convert("CMYK"), "TIFF"),
+        "lab": saved(image.convert("LAB"), "TIFF"),
+        "ycc": saved(image.convert("YCbCr"), "TIFF"),
+        "grey 16": saved(Image.fromarray(ramp()[..., 0].astype(np.uint16) * 257), "PNG"),
+        "float": saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
+        "profile": saved(image, "JPEG", icc_profile=srgb),
+        "grey profile": saved(image.convert("L"), "PNG", icc_profile=srgb),
+        "swapped": saved(image, "PNG", icc_profile=swapped_profile()),
+        "broken profile": saved(image, "PNG", icc_profile=b"no profile" * 30),
+        "transparent palette": saved(image.convert("P"), "PNG", transparency=b"\x00\x80"),
+        "transparent colour": saved(image, "PNG", transparency=(0, 0, 0)),
+        "animation": saved(small, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6))]),
+        "bomb": png_header(100_000, 100_000),
+        "nothing": b"",
+        "text": b"no picture",
+    }
+    return found
+
+
+def verdict(function: Any, data: bytes) -> Any:
+    try:
+        found = function(data)
+    except PictureError as error:
+        return error.code, error.message
+    return found.facts() if isinstance(found, Picture) else found
+
+
+@pytest.mark.parametrize("name", sorted(every_kind()))
+def test_facts_alone_are_those_of_the_decoded_picture(name: str) -> None:
+    data = every_kind()[name]
+    assert verdict(read_facts, data) == verdict(decode, data)
+
+
+def test_facts_of_damaged_files_are_refused_as_decoding_does() -> None:
+    generator = np.random.default_rng(11)
+    for name, data in every_kind().items():
+        for _ in range(6):
+            damaged = np.frombuffer(data, np.uint8).copy()
+            if len(data) > 40:
+                where = generator.integers(0, len(data), 5)
+                damaged[where] = generator.integers(0, 256, 5)
+            cut = damaged.tobytes()[: generator.integers(len(data) // 2, len(data) + 1)]
+            assert verdict(read_facts, cut) == verdict(decode, cut), name

@@ -89,9 +89,9 @@ def test_inputs_without_pictures_are_usage_errors_and_write_nothing(
     if kind != "missing":
         source.mkdir()
     if kind in ("no pictures", "a file"):
-        (source / "a.txt").write_text("x")
+        (source / "a.dat").write_text("x")
     with pytest.raises(UsageError):
-        sharded(source / "a.txt" if kind == "a file" else source)
+        sharded(source / "a.dat" if kind == "a file" else source)
     assert not (tmp_path / "corpus").exists()
 
 
