@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+OPEN_ATTEMPTS = 8
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -126,10 +128,9 @@ class Folder:
     def _temporary(self, path: str, data: bytes | Path) -> Iterator[Path]:
         """A durable copy of ``data`` beside ``path``, gone afterwards; then the folder is flushed."""
         final = self._file(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
         try:
-            with temporary.open("xb") as file:
+            with _open_new(temporary) as file:
                 if isinstance(data, Path):
                     with data.open("rb") as source:
                         shutil.copyfileobj(source, file, 1 << 20)
@@ -145,3 +146,14 @@ class Folder:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _open_new(path: Path) -> BufferedWriter:
+    """A new file, in a folder that is made where it is absent, and that another process may remove if empty."""
+    for _ in range(OPEN_ATTEMPTS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return path.open("xb")
+        except FileNotFoundError:
+            continue
+    return path.open("xb")

@@ -62,7 +62,7 @@ def gc(config: GcConfig) -> GcResult:
     stale = [entry for entry in leftovers if entry.modified < before]
     removed = 0
     if not config.dry_run:
-        removed = _remove(storage, old) + len(stale)
+        removed = _remove(storage, old, before) + len(stale)
         for entry in stale:
             storage.discard(entry)
     return GcResult(
@@ -83,12 +83,25 @@ def _unnamed(storage: Storage) -> list[Entry]:
     return orphans(entries, named) + probes
 
 
-def _remove(storage: Storage, old: Sequence[Entry]) -> int:
-    """Remove what is still unnamed and still old: a writer may have stored the same bytes again meanwhile."""
+def _remove(storage: Storage, old: Sequence[Entry], before: float) -> int:
+    """Remove what is still unnamed and still old.
+
+    A writer stores the same bytes again, under the same name, before it names them: each object is looked at
+    right before it goes. Should one vanish in that instant, the seal misses it and says which unit to redo.
+    """
     if not old:
         return 0
-    unnamed = set(_unnamed(storage))
-    still = [entry for entry in old if entry in unnamed]
-    for entry in still:
-        storage.remove(entry.path)
-    return len(still)
+    unnamed = {entry.path for entry in _unnamed(storage)}
+    removed = 0
+    for entry in old:
+        if entry.path in unnamed and _is_older(storage, entry.path, before):
+            storage.remove(entry.path)
+            removed += 1
+    return removed
+
+
+def _is_older(storage: Storage, path: str, before: float) -> bool:
+    try:
+        return storage.stat(path).modified < before
+    except FileNotFoundError:
+        return False

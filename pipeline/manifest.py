@@ -146,6 +146,11 @@ def units_of(table: pa.Table) -> Iterable[ManifestUnit]:
         yield ManifestUnit(**{**row, "superseded": tuple(row["superseded"])})
 
 
+def shard_list(units: Iterable[ManifestUnit]) -> bytes:
+    """What ``shards.txt`` holds for these units: the path of each shard, for readers that know no manifest."""
+    return "".join(f"{unit.shard}\n" for unit in units if unit.shard is not None).encode()
+
+
 def differs(storage: Storage, what: str) -> VerificationError:
     """The error for an object whose bytes are not those of the manifest."""
     return VerificationError(

@@ -257,8 +257,16 @@ def _as_os_errors(name: str, seconds: float) -> Iterator[None]:
         yield
     except TimeoutError as error:
         raise TimeoutError(errno.ETIMEDOUT, f"{name} had no answer within {seconds:.0f} s") from error
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(errno.EIO, str(error)) from error
+    except _client_errors() as error:
+        raise OSError(errno.EIO, str(error) or type(error).__name__) from error
+
+
+@functools.cache
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the libraries of S3 raise besides ``OSError``; aiohttp is slow to import, so only in need."""
+    from aiohttp import ClientError as ConnectionLost
+
+    return BotoCoreError, ClientError, ConnectionLost
 
 
 def _http_answer(error: BaseException) -> set[str]:

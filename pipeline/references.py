@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.documents import in_threads, objects_of, read_document
-from pipeline.layout import SUCCESS, ObjectRef
+from pipeline.layout import SUCCESS, ObjectRef, manifest_path
 from pipeline.manifest import manifest_version
 from pipeline.storage import Entry, Storage
 
-PAYLOAD = ("shards/", "samples/", "scores/", "codes/", "labels/")
+PAYLOAD = ("shards/", "samples/", "scores/", "codes/", "labels/", "hashes/", "dedup/")
 """Prefixes whose objects exist only because a document names them under ``objects``."""
 
-_DOCUMENTS = ("_plan/", "_commits/", "labels/", "calibrations/", "views/", "codes/")
+_DOCUMENTS = ("_plan/", "_commits/", "labels/", "calibrations/", "views/", "codes/", "dedup/")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ def references(
     """
     found = [Reference(ref, path) for path, values in documents.items() for ref in objects_of(path, values)]
     present = {entry.path for entry in entries}
+    sealed = read_document(storage, SUCCESS).get("version") if SUCCESS in present else None
     for path in sorted(present):
         if path.startswith("_manifest/") and path.endswith(".json"):
-            if path.removesuffix(".json") + ".parquet" not in present and SUCCESS not in present:
+            whole = path.removesuffix(".json") + ".parquet" in present
+            if not whole and path != manifest_path(sealed or 0, "json"):
                 continue  # the claim of an interrupted seal; the commit records name its objects too
             units = manifest_version(storage, path).units
             found += [Reference(ref, path) for unit in units for ref in unit.objects]

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from iqpir.errors import IncompleteError, PermanentError, UsageError, VerificationError
 from pipeline import layout
-from pipeline.documents import in_threads, objects_of, require_keys, write_document
+from pipeline.documents import in_threads, objects_of, read_document, require_keys, write_document
 from pipeline.layout import MANIFEST, from_parquet, manifest_path, sha256_hex, to_json, to_parquet
-from pipeline.manifest import Manifest, ManifestUnit, read_manifest
+from pipeline.manifest import Manifest, ManifestUnit, manifest_version, read_manifest, shard_list
 from pipeline.plan import Generation, superseded
 from pipeline.records import Finished, Record
 from pipeline.storage import Entry, Storage
@@ -45,8 +45,8 @@ def seal(storage: Storage, generations: Sequence[Generation], records: Finished)
     manifest = _former(storage)
     sizes = _sizes(storage)
     if manifest is not None and _is_current(manifest, planned, replaced, sizes):
-        _complete(storage, layout.SHARD_LIST, _shard_list(manifest.units))
-        return manifest
+        listed = storage.exists(layout.SHARD_LIST) and storage.read(layout.SHARD_LIST)
+        return manifest if listed == shard_list(manifest.units) else _point_to_newest(storage)
     former = {unit.unit_id: unit for unit in manifest.units} if manifest is not None else {}
     found = records.load(planned)
     units = sorted(
@@ -210,18 +210,36 @@ def _write(
             break
         version += 1
     _complete(storage, manifest_path(version, "parquet"), data)
-    _complete(storage, layout.SHARD_LIST, _shard_list(units))
-    pointer = {
-        "version": version,
-        "manifest_sha256": facts["manifest_sha256"],
-        "facts_sha256": sha256_hex(to_json(facts)),
-    }
-    _complete(storage, layout.SUCCESS, to_json(pointer))
-    return Manifest(facts["manifest_sha256"], facts, tuple(units))
+    return _point_to_newest(storage)
 
 
-def _shard_list(units: Sequence[ManifestUnit]) -> bytes:
-    return "".join(f"{unit.shard}\n" for unit in units if unit.shard is not None).encode()
+def _point_to_newest(storage: Storage) -> Manifest:
+    """Lead readers to the whole manifest that covers most of the plan.
+
+    That may be another driver's, which planned more and sealed first; a slower one never takes that back.
+    """
+    path = _newest(storage)
+    while True:
+        manifest = manifest_version(storage, path)
+        pointer = {
+            "version": manifest.version,
+            "manifest_sha256": manifest.digest,
+            "facts_sha256": sha256_hex(to_json(manifest.facts)),
+        }
+        _complete(storage, layout.SHARD_LIST, shard_list(manifest.units))
+        _complete(storage, layout.SUCCESS, to_json(pointer))
+        # Whoever stores a manifest looks here after it: the last one to look has seen them all.
+        before, path = path, _newest(storage)
+        if path == before:
+            return manifest
+
+
+def _newest(storage: Storage) -> str:
+    present = {entry.path for entry in storage.list("_manifest")}
+    whole = sorted(path for path in present if path.removesuffix(".json") + ".parquet" in present - {path})
+    facts = in_threads(lambda path: read_document(storage, path), whole)
+    planned = [(len(values["generations"]), path) for values, path in zip(facts, whole, strict=True)]
+    return max(planned)[1]
 
 
 def _complete(storage: Storage, path: str, data: bytes) -> None:

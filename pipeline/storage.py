@@ -188,6 +188,11 @@ class Storage:
                 except FileNotFoundError:
                     time.sleep(random.uniform(0.05, 0.2) * 2**attempt)  # a conflict with a writer in progress
                     continue
+            except OSError:
+                # Perhaps only the replies got lost: whatever is there now has won, be it ours or another's.
+                if not self._is_there(full):
+                    raise
+                return self._backend.read(full)
             return data
         raise OSError(errno.EBUSY, "conflicts with other writers do not end", self.uri(path))
 
@@ -237,6 +242,13 @@ class Storage:
             return self._backend.read(full) == data
         except OSError:
             return False
+
+    def _is_there(self, full: str) -> bool:
+        try:
+            self._backend.stat(full)
+        except OSError:
+            return False
+        return True
 
     def _path(self, path: str) -> str:
         parts = PurePosixPath(path.strip("/")).parts

@@ -19,7 +19,7 @@ from pipeline.units import SchedulingConfig, schedule
 log = logging.getLogger(__name__)
 
 LOGGED_LIES = 50
-SIDECARS = ("scores/", "codes/", "labels/")
+SIDECARS = ("scores/", "codes/", "labels/", "hashes/", "dedup/")
 _ORDINAL = re.compile(r"/(\d{6,})-[0-9a-f]{12}\.parquet$")
 
 

@@ -1,0 +1,52 @@
+"""Work on units whose workers or nodes die: importable by the workers of a cluster."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.plan import ShardUnit
+from pipeline.shard_unit import ShardWork
+from tests.chaos.dies_at import DiesAt
+
+
+@dataclass(frozen=True, kw_only=True)
+class MortalWork(ShardWork):
+    """``ShardWork`` whose process dies the first time that it is given certain units.
+
+    Attributes:
+        deaths: ordinal of a unit -> change and moment at which its first attempt dies; the changes of a unit
+            are 1 its shard, 2 its table, 3 its record.
+        graves: folder with a file for each death.
+    """
+
+    deaths: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    graves: str = ""
+
+    def __call__(self, unit: ShardUnit) -> dict[str, Any]:
+        grave = Path(self.graves) / f"{unit.ordinal}"
+        if unit.ordinal in self.deaths and not grave.exists():
+            grave.touch()
+            DiesAt(*self.deaths[unit.ordinal])()
+        return super().__call__(unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedWork(ShardWork):
+    """``ShardWork`` that takes half a second longer and leaves a file for each attempt.
+
+    Attributes:
+        attempts: folder for files ``<ordinal>-<node>-<process>``.
+    """
+
+    attempts: str = ""
+
+    def __call__(self, unit: ShardUnit) -> dict[str, Any]:
+        node = ray.get_runtime_context().get_node_id()
+        (Path(self.attempts) / f"{unit.ordinal}-{node}-{os.getpid()}").touch()
+        time.sleep(0.5)
+        return super().__call__(unit)
