@@ -1,8 +1,10 @@
 """iqpir: image restoration with a learned quality prior, over discrete codebooks.
 
-``import iqpir`` loads nothing heavy; ``iqpir.build`` and ``iqpir.Restorer`` load torch on first use.
+``import iqpir`` loads nothing heavy; ``iqpir.build``, ``iqpir.Restorer``, ``iqpir.attach_quality_prior`` and
+``iqpir.load_quality_prior`` load torch on first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,4 +24,7 @@ def __getattr__(name: str) -> Any:
         from iqpir.restorer import Restorer
 
         return Restorer
+    if name in ("attach_quality_prior", "load_quality_prior"):
+        # Not by an import statement: a registered model carries what this file imports, and has no use for it.
+        return getattr(importlib.import_module(f"{__name__}.plug_in.attached_prior"), name)
     raise AttributeError(f"module 'iqpir' has no attribute {name!r}")
