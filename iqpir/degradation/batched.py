@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from iqpir.degradation.kernels import noise_levels, separable_terms
+from iqpir.degradation.colours import GRAY_WEIGHTS, Jitter
+from iqpir.degradation.fields import DISPLAY_KNEE, LINEAR_KNEE, exposure_field, water_fields
+from iqpir.degradation.kernels import add_noise, separable_terms
 from iqpir.degradation.parameters import DegradationParameters, shrunken_size
+from iqpir.degradation.scenes import LowLight, Scene, Underwater
 
 KERNEL_TOLERANCE = 1e-3
 """Bound on what the shortened sum of separable blurs changes in a pixel of [0, 1]: a quarter of a level."""
 
 _OUTPUTS_PER_BAND = 8
-_GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def degrade_batch(pictures: Tensor, parameters: Sequence[DegradationParameters]) -> Tensor:
@@ -39,7 +41,8 @@ def degrade_batch(pictures: Tensor, parameters: Sequence[DegradationParameters])
     degraded = torch.empty_like(pictures, dtype=torch.float32)
     with torch.no_grad():
         for picture, one, output in zip(pictures.float(), parameters, degraded, strict=True):
-            levels = torch.from_numpy(_noisy_and_compressed(shrink(picture, one), one)).to(pictures.device)
+            seen = picture if one.scene is None else _lit(picture, one.scene)
+            levels = torch.from_numpy(_noisy_and_compressed(shrink(seen, one), one)).to(pictures.device)
             _enlarge(levels.float() / 255, output)
             _recolour(output, one)
     return degraded.mul_(255).round_().div_(255)
@@ -124,8 +127,7 @@ def _reflect(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 def _noisy_and_compressed(low: Tensor, parameters: DegradationParameters) -> NDArray[np.uint8]:
     """[3, h, w] in [0, 1] -> uint8 [h, w, 3] with noise and through JPEG, on the CPU."""
     image = low.permute(1, 2, 0).cpu().numpy()
-    image = np.clip(image + noise_levels(parameters, *image.shape[:2]), 0, 1)
-    levels = np.rint(image * np.float32(255)).astype(np.uint8)
+    levels = np.rint(add_noise(image, parameters) * np.float32(255)).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, format="JPEG", quality=parameters.jpeg, subsampling="4:2:0")
     return np.array(Image.open(buffer))
@@ -154,10 +156,65 @@ def _mixed_rows(rows: Tensor, new_size: int) -> Tensor:
 
 
 def _recolour(picture: Tensor, parameters: DegradationParameters) -> None:
-    """Shift the colours of [3, H, W] in [0, 1], or take them away, in place."""
+    """Shift the colours of [3, H, W] in [0, 1], take them away or change them, in place."""
     if parameters.colour_shift is not None:
         shift = torch.tensor(parameters.colour_shift, device=picture.device) / 255
         picture.add_(shift[:, None, None]).clamp_(0, 1)
     if parameters.gray:
-        weights = torch.tensor(_GRAY_WEIGHTS, device=picture.device)[:, None, None]
+        weights = torch.tensor(GRAY_WEIGHTS, device=picture.device)[:, None, None]
         picture.copy_((picture * weights).sum(0, keepdim=True).expand_as(picture))
+    if parameters.jitter is not None:
+        picture.copy_(_jittered(picture, parameters.jitter))
+
+
+def _lit(picture: Tensor, scene: Scene) -> Tensor:
+    """What the camera sees of [3, H, W] in [0, 1] in ``scene``."""
+    if isinstance(scene, LowLight):
+        return (picture * scene.exposure).pow_(scene.gamma).mul_(scene.gain)
+    size = (picture.shape[-2], picture.shape[-1])
+    linear = torch.where(picture <= DISPLAY_KNEE, picture / 12.92, ((picture + 0.055) / 1.055) ** 2.4)
+    if isinstance(scene, Underwater):
+        transmission, veil = (_planes(field, picture) for field in water_fields(scene, *size))
+        linear = linear * transmission + veil
+    else:
+        linear = linear * _planes(exposure_field(scene, *size), picture)
+    linear = linear.clamp(0, 1)
+    return torch.where(linear <= LINEAR_KNEE, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _planes(field: NDArray[np.float32], picture: Tensor) -> Tensor:
+    """[H, W, C] of numpy as [C, H, W] beside ``picture``."""
+    return torch.from_numpy(field).permute(2, 0, 1).to(picture.device)
+
+
+def _jittered(picture: Tensor, jitter: Jitter) -> Tensor:
+    """[3, H, W] in [0, 1] with the changes of colour in their order."""
+    weights = torch.tensor(GRAY_WEIGHTS, device=picture.device)[:, None, None]
+    for step in jitter.order:
+        factor: float = getattr(jitter, step)
+        if step == "hue":
+            picture = _turned(picture, factor)
+        elif step == "brightness":
+            picture = picture * factor
+        else:
+            gray = (picture * weights).sum(0, keepdim=True)
+            picture = factor * picture + (1 - factor) * (gray.mean() if step == "contrast" else gray)
+        picture = picture.clamp(0, 1)
+    return picture
+
+
+def _turned(picture: Tensor, turn: float) -> Tensor:
+    """[3, H, W] in [0, 1] with the hue of HSV turned by ``turn`` of a full turn.
+
+    In closed form: with V the greatest channel, C its distance to the least and h the hue in sixths, channel n of
+    (5, 3, 1) is ``V - C * clamp(min(k, 4 - k), 0, 1)`` for ``k = (n + h) mod 6``.
+    """
+    value, most = picture.max(0)
+    chroma = value - picture.min(0).values
+    red, green, blue = picture
+    safe = chroma.clamp(min=1e-12)
+    sixths = torch.stack([(green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4])
+    hue = sixths.gather(0, most[None])[0] + 6 * turn
+    channels = torch.tensor([5.0, 3.0, 1.0], device=picture.device)[:, None, None]
+    k = (channels + hue).remainder(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

@@ -1,8 +1,11 @@
 """Blur kernels and noise: what both implementations of the degradation share, in numpy."""
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from iqpir.degradation.parameters import DegradationParameters
@@ -50,7 +53,8 @@ def separable_terms(
         profile = gaussian_profile(parameters.sigma_x, parameters.kernel_size)[None]
         return profile, profile
     kernel = blur_kernel(parameters)
-    left, strengths, right = np.linalg.svd(kernel)
+    # Not numpy's: its BLAS wakes a thread a core in every loader process for a matrix of 41 x 41.
+    left, strengths, right = (part.numpy() for part in torch.linalg.svd(torch.from_numpy(kernel)))
     columns = (left * strengths).T
     rest = kernel.copy()
     for count in range(1, len(strengths) + 1):
@@ -65,3 +69,16 @@ def noise_levels(parameters: DegradationParameters, height: int, width: int) -> 
     generator = np.random.Generator(np.random.Philox(key=parameters.noise_seed))
     noise = generator.standard_normal((height, width, 3), dtype=np.float32)
     return noise * np.float32(parameters.noise / 255.0)
+
+
+def add_noise(image: NDArray[Any], parameters: DegradationParameters) -> NDArray[np.float32]:
+    """``image`` [h, w, 3], RGB in [0, 1], with its noise, clipped to [0, 1].
+
+    The variance is ``noise^2 + shot * image`` (Foi et al., IEEE TIP 2008); without ``shot`` it is even.
+    """
+    noise = noise_levels(parameters, *image.shape[:2])
+    if parameters.shot > 0:
+        even = np.float32(parameters.noise / 255.0)
+        unit = noise_levels(dataclasses.replace(parameters, noise=255.0), *image.shape[:2])
+        noise = unit * np.sqrt(np.float32(parameters.shot) * np.maximum(image, 0) + even * even)
+    return np.asarray(np.clip(image + noise, 0, 1), dtype=np.float32)

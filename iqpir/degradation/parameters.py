@@ -1,7 +1,8 @@
 """What is done to a picture, and how it is drawn: ranges, presets, and counter-based sampling.
 
 The distribution is that of blind restoration training (GFPGAN, CodeFormer, IQPIR): Gaussian blur,
-downsampling, Gaussian noise, JPEG, upsampling, and for colourisation a colour shift or grey.
+downsampling, Gaussian noise, JPEG, upsampling, and for colourisation a colour shift, grey or jitter. For other
+tasks a scene comes first: darkness, water, or light from behind (``scenes``).
 
 Every draw is ``f(seed, epoch, index, stream)``: Philox is keyed by the first two and counted by the others,
 so that any worker, in any order, gives a sample the same degradation, and four numbers replay it.
@@ -9,6 +10,7 @@ so that any worker, in any order, gives a sample the same degradation, and four 
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iqpir.config import digest
+from iqpir.degradation.colours import JITTER_DRAWS, Jitter, draw_jitter, jitter_from
+from iqpir.degradation.scenes import (
+    SCENE_DRAWS,
+    BacklitConfig,
+    LowLightConfig,
+    Scene,
+    SceneConfig,
+    UnderwaterConfig,
+    draw_scene,
+    scene_from,
+)
 from iqpir.errors import UsageError
 
 KernelKind = Literal["iso", "aniso"]
@@ -54,9 +67,15 @@ class DegradationConfig:
     """Largest offset, in levels of 0..255."""
     gray_probability: float = 0.0
     """Probability that the colours are taken away."""
+    jitter_probability: float = 0.0
+    """Probability that brightness, contrast, saturation and hue are changed."""
+    shot: Range = (0.0, 0.0)
+    """Variance that the noise has more, for each unit of light in [0, 1]; in squares of [0, 1]."""
+    scene: SceneConfig | None = None
+    """What light does before the camera; None: nothing."""
 
     def __post_init__(self) -> None:
-        for name, low_bound in (("blur_sigma", 1e-3), ("downsample", 1.0), ("noise", 0.0)):
+        for name, low_bound in (("blur_sigma", 1e-3), ("downsample", 1.0), ("noise", 0.0), ("shot", 0.0)):
             low, high = getattr(self, name)
             if not low_bound <= low <= high or not math.isfinite(high):
                 raise UsageError(f"{name} ({low}, {high}) is no range from {low_bound} upwards.")
@@ -65,7 +84,7 @@ class DegradationConfig:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UsageError(f"kernel_size {self.kernel_size} is not odd and positive.")
         self._check_kernels()
-        for name in ("colour_shift_probability", "gray_probability"):
+        for name in ("colour_shift_probability", "gray_probability", "jitter_probability"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"{name} {getattr(self, name)} is outside [0, 1].")
 
@@ -80,13 +99,30 @@ class DegradationConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        fields = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        """Plain JSON values; fields of ``_LATER`` only where they are used, so that earlier digests stay."""
+        values = _plain(self)
+        if self.scene is not None:
+            values["scene"] = {"kind": type(self.scene).__name__, **values["scene"]}
+        return values
 
     def digest(self) -> str:
         """12 hex digits that change with any field."""
         return digest(self.to_dict())
+
+
+_LATER = frozenset(["jitter_probability", "shot", "scene", "jitter"])
+"""Fields that came later: left out of what is written where they have their default."""
+
+
+def _plain(config: "DegradationConfig | DegradationParameters") -> dict[str, Any]:
+    """Fields as JSON values, without those of ``_LATER`` that change nothing."""
+    unused = {
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name in _LATER and getattr(config, field.name) == field.default
+    }
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {key: value for key, value in values.items() if key not in unused}
 
 
 PRESETS: dict[str, DegradationConfig] = {
@@ -112,6 +148,35 @@ PRESETS: dict[str, DegradationConfig] = {
         downsample=(1.0, 4.0),
         noise=(2.0, 15.0),
         jpeg=(35, 85),
+    ),
+    # The published colourisation: the ranges of faces, and colours that change or go.
+    "colourisation": DegradationConfig(colour_shift_probability=0.3, gray_probability=0.01, jitter_probability=0.3),
+    # Ours, for the paper's other tasks: the scene is the degradation, the camera is a good one.
+    "low_light": DegradationConfig(
+        kernel_size=13,
+        blur_sigma=(0.1, 1.0),
+        downsample=(1.0, 1.0),
+        noise=(0.0, 5.0),
+        shot=(0.0, 0.004),
+        jpeg=(75, 101),
+        scene=LowLightConfig(),
+    ),
+    "underwater": DegradationConfig(
+        kernel_size=13,
+        blur_sigma=(0.1, 2.0),
+        downsample=(1.0, 2.0),
+        noise=(0.0, 5.0),
+        jpeg=(70, 101),
+        scene=UnderwaterConfig(),
+    ),
+    "backlit": DegradationConfig(
+        kernel_size=13,
+        blur_sigma=(0.1, 1.0),
+        downsample=(1.0, 1.0),
+        noise=(0.0, 5.0),
+        shot=(0.0, 0.002),
+        jpeg=(75, 101),
+        scene=BacklitConfig(),
     ),
 }
 
@@ -179,11 +244,16 @@ class DegradationParameters:
     colour_shift: tuple[float, float, float] | None = None
     """Offsets of R, G, B in levels of 0..255, or None."""
     gray: bool = False
+    jitter: Jitter | None = None
+    """Changes of brightness, contrast, saturation and hue, or None."""
+    shot: float = 0.0
+    """Variance of the noise for each unit of light, in squares of [0, 1]."""
+    scene: Scene | None = None
+    """What light does before the camera, or None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reverses it exactly."""
-        fields = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DegradationParameters":
@@ -203,6 +273,9 @@ class DegradationParameters:
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        for key, read in (("scene", scene_from), ("jitter", jitter_from)):
+            if plain.get(key) is not None:
+                plain[key] = read(plain[key])
         return cls(**plain)
 
 
@@ -220,7 +293,16 @@ def sample_parameters(
     """
     generator = _generator(seed, epoch, index, stream)
     # Always the same number of draws, used by position: an option that is off shifts no other draw.
-    return _from_draws(config, generator.random(_DRAWS), int(generator.integers(0, 2**63)))
+    first = _from_draws(config, generator.random(_DRAWS), int(generator.integers(0, 2**63)))
+    # What came later draws later, so that the draws above are what they were in every version.
+    jitter, scene = generator.random(JITTER_DRAWS), generator.random(SCENE_DRAWS)
+    low, high = config.shot
+    return dataclasses.replace(
+        first,
+        jitter=draw_jitter(jitter) if jitter[0] < config.jitter_probability else None,
+        shot=low + (high - low) * float(scene[-1]),
+        scene=None if config.scene is None else draw_scene(config.scene, scene),
+    )
 
 
 def parameters_for_key(config: DegradationConfig, seed: int, key: str, stream: int = 0) -> DegradationParameters:

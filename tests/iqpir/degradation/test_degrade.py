@@ -11,9 +11,12 @@ from skimage import data
 from torch import Tensor
 
 from iqpir.degradation.batched import KERNEL_TOLERANCE, degrade_batch, shrink
-from iqpir.degradation.kernels import blur_kernel, noise_levels, separable_terms
+from iqpir.degradation.colours import STEPS, Jitter
+from iqpir.degradation.kernels import add_noise, blur_kernel, noise_levels, separable_terms
 from iqpir.degradation.parameters import PRESETS, DegradationParameters, sample_parameters, scaled
 from iqpir.degradation.reference import degrade
+from iqpir.degradation.scenes import JERLOV, Backlit, LowLight, Scene, Underwater
+from pipeline.torchvision_ops import ensure_torchvision_operators
 
 MILD = DegradationParameters(
     kernel="iso",
@@ -55,10 +58,15 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "size", "count"),
-    [("tiny32", 32, 48), ("tiny64", 64, 24), ("faces", 64, 24), ("fidelity", 128, 8), ("faces", 512, 3)],
+    [
+        *[("tiny32", 32, 48), ("tiny64", 64, 24), ("faces", 64, 24), ("fidelity", 128, 8), ("faces", 512, 3)],
+        *[("low_light", 64, 24), ("underwater", 64, 24), ("backlit", 64, 24)],
+        *[("low_light", 512, 2), ("underwater", 512, 2), ("backlit", 512, 2)],
+    ],
 )
 def test_both_implementations_give_the_same_picture(name: str, size: int, count: int) -> None:
-    config = dataclasses.replace(scaled(PRESETS[name], size), colour_shift_probability=0.3, gray_probability=0.2)
+    colours = {"colour_shift_probability": 0.3, "gray_probability": 0.2, "jitter_probability": 0.3}
+    config = dataclasses.replace(scaled(PRESETS[name], size), **colours)  # type: ignore[arg-type]
     pictures = [scene(size, seed) for seed in range(count)]
     parameters = [sample_parameters(config, 5, 0, index) for index in range(count)]
     expected = np.stack([degrade(*pair) for pair in zip(pictures, parameters, strict=True)])
@@ -160,6 +168,85 @@ def test_gray_takes_the_colours_and_a_shift_moves_each_channel() -> None:
     still = dataclasses.replace(MILD, noise=0.0, jpeg=100)
     moved = degrade(flat, dataclasses.replace(still, colour_shift=(10.0, 0.0, -20.0)))
     assert moved[5, 5].tolist() == [138, 128, 108]
+
+
+STILL = dataclasses.replace(MILD, kernel_size=1, downsample=1.0, noise=0.0, jpeg=100)
+"""What is left is the scene, and the rounding of a JPEG."""
+WATER = Underwater(water="II", depth=3.0, distance=3.0, tilt=0.0, angle=0.0, veil=0.8, scatter=1.0)
+SHADE = Backlit(shade=-3.0, glare=1.0, centre_x=0.5, centre_y=0.5, radius_x=0.25, radius_y=0.25, softness=0.05)
+
+
+def in_scene(picture: NDArray[np.uint8], scene: Scene) -> NDArray[np.float64]:
+    """What both implementations agree the camera sees, in [0, 1]."""
+    parameters = dataclasses.replace(STILL, scene=scene)
+    seen = degrade(picture, parameters)
+    assert np.abs(as_levels(degrade_batch(as_tensor([picture]), [parameters]))[0] - seen).max() <= 4
+    return seen / 255.0
+
+
+def test_low_light_is_the_published_curve() -> None:
+    flat = np.full((16, 16, 3), 128, np.uint8)
+    dark = in_scene(flat, LowLight(exposure=0.9, gain=0.7, gamma=2.0))
+    assert np.abs(dark - 0.7 * (0.9 * 128 / 255) ** 2).max() < 1.5 / 255
+
+
+def test_water_takes_red_first_and_veils_what_is_far() -> None:
+    flat = np.full((16, 16, 3), 200, np.uint8)
+    red, green, blue = in_scene(flat, WATER)[8, 8]
+    assert red < green - 0.1 and red < blue - 0.1
+    black = np.zeros((16, 16, 3), np.uint8)
+    near, far = (in_scene(black, dataclasses.replace(WATER, distance=z)).mean() for z in (0.5, 5.0))
+    assert near < far - 0.1
+    tilted = in_scene(black, dataclasses.replace(WATER, tilt=0.9))
+    assert tilted[8, 15].mean() > tilted[8, 0].mean() + 0.05
+    # Clear linear light times exp(-a (D + z)), plus the veil.
+    attenuation = np.array(JERLOV["II"])
+    lost = np.exp(-attenuation * 3.0)
+    linear = ((200 / 255 + 0.055) / 1.055) ** 2.4 * lost * lost + 0.8 * lost * (1 - lost)
+    expected = 1.055 * linear ** (1 / 2.4) - 0.055
+    assert np.abs(in_scene(flat, WATER)[8, 8] - expected).max() < 2 / 255
+
+
+def test_light_from_behind_darkens_the_subject_and_clips_what_is_behind() -> None:
+    flat = np.full((33, 33, 3), 200, np.uint8)
+    seen = in_scene(flat, SHADE)
+    linear = ((200 / 255 + 0.055) / 1.055) ** 2.4
+    assert abs(seen[16, 16, 0] - (1.055 * (linear / 8) ** (1 / 2.4) - 0.055)) < 2 / 255
+    assert seen[0, 0, 0] == 1.0 and seen[16, 2, 0] == 1.0
+
+
+def test_shot_noise_grows_with_the_light() -> None:
+    flat = np.concatenate([np.full((64, 64, 3), level, np.float32) for level in (0.1, 0.5)], axis=1)
+    shot = add_noise(flat, dataclasses.replace(MILD, noise=0.0, shot=0.004)) - flat
+    for half, level in ((shot[:, :64], 0.1), (shot[:, 64:], 0.5)):
+        assert abs(half.std() - (0.004 * level) ** 0.5) < 0.002
+    floor = add_noise(flat, dataclasses.replace(MILD, noise=5.0, shot=1e-12)) - flat
+    assert np.abs(floor - (add_noise(flat, dataclasses.replace(MILD, noise=5.0)) - flat)).max() < 1e-5
+
+
+@pytest.mark.parametrize("step", ["brightness", "contrast", "saturation", "hue"])
+def test_each_change_of_colour_is_that_of_torchvision(step: str) -> None:
+    ensure_torchvision_operators()
+    peer = pytest.importorskip("torchvision.transforms.functional")
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    picture = scene(24, 8)
+    for factor in (-0.08, 0.06) if step == "hue" else (0.6, 1.4):
+        jitter = Jitter(order=STEPS, **{**neutral, step: factor})
+        parameters = dataclasses.replace(STILL, jitter=jitter)
+        without = torch.from_numpy(degrade(picture, STILL).copy()).permute(2, 0, 1).float() / 255
+        expected = (getattr(peer, f"adjust_{step}")(without, factor) * 255).permute(1, 2, 0).numpy()
+        assert np.abs(degrade(picture, parameters) - expected).mean() < 0.6
+        assert np.abs(as_levels(degrade_batch(as_tensor([picture]), [parameters]))[0] - expected).mean() < 0.8
+
+
+def test_the_order_of_the_changes_counts() -> None:
+    factors = {"brightness": 1.5, "contrast": 0.5, "saturation": 1.4, "hue": 0.1}
+    pictures = []
+    for order in (STEPS, STEPS[::-1]):
+        parameters = dataclasses.replace(STILL, jitter=Jitter(order=order, **factors))
+        pictures.append(degrade(scene(24, 9), parameters).astype(float))
+        assert np.abs(as_levels(degrade_batch(as_tensor([scene(24, 9)]), [parameters]))[0] - pictures[-1]).mean() < 0.6
+    assert np.abs(pictures[0] - pictures[1]).mean() > 2
 
 
 @pytest.mark.parametrize("worse", [{"sigma_x": 2.5}, {"downsample": 4.0}, {"noise": 20.0}, {"jpeg": 10}], ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from iqpir.degradation.colours import STEPS
 from iqpir.degradation.parameters import (
     PRESETS,
     DegradationConfig,
@@ -17,6 +18,7 @@ from iqpir.degradation.parameters import (
     scaled,
     shrunken_size,
 )
+from iqpir.degradation.scenes import BacklitConfig, LowLightConfig, UnderwaterConfig
 from iqpir.errors import UsageError
 
 COLOURISATION = dataclasses.replace(PRESETS["faces"], colour_shift_probability=0.3, gray_probability=0.1)
@@ -98,8 +100,84 @@ def test_an_option_that_is_switched_on_shifts_no_other_draw() -> None:
     assert dataclasses.replace(coloured, colour_shift=None, gray=False) == plain
 
 
+DIGESTS = {
+    "faces": "471e2be17074",
+    "fidelity": "73a54f46d616",
+    "natural": "5040dc92f78d",
+    "tiny32": "ccf58e1ac060",
+    "tiny64": "4077787222f5",
+}
+
+
+def test_digests_of_presets_are_what_they_were_in_every_version() -> None:
+    assert {name: PRESETS[name].digest() for name in DIGESTS} == DIGESTS
+
+
+@pytest.mark.parametrize("name", ["low_light", "underwater", "backlit"])
+def test_scenes_are_drawn_uniformly_within_their_ranges(name: str) -> None:
+    config = PRESETS[name]
+    scenes = [one.scene for one in drawn(config, 2000)]
+    ranges = dataclasses.asdict(config.scene)  # type: ignore[call-overload]
+    pairs = {field: ranges[field.split("_")[0]] for field in vars(scenes[0]) if field.split("_")[0] in ranges}
+    assert len(pairs) >= 3
+    for field, (low, high) in pairs.items():
+        values = np.array([getattr(scene, field) for scene in scenes])
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.04 * (high - low)
+    if name == "underwater":
+        counts = {water: sum(scene.water == water for scene in scenes) for water in ranges["waters"]}  # type: ignore[union-attr]
+        assert min(counts.values()) > 2000 / len(counts) * 0.7 and sum(counts.values()) == 2000
+
+
+def test_a_scene_a_jitter_and_shot_noise_shift_no_other_draw() -> None:
+    plain = PRESETS["faces"]
+    rich = dataclasses.replace(plain, scene=UnderwaterConfig(), shot=(0.001, 0.002), jitter_probability=1.0)
+    for index in range(20):
+        one = sample_parameters(rich, 1, 0, index)
+        assert one.scene is not None and one.jitter is not None and one.shot > 0
+        bare = dataclasses.replace(one, scene=None, jitter=None, shot=0.0)
+        assert bare == sample_parameters(plain, 1, 0, index)
+
+
+def test_colours_are_jittered_as_often_as_published_and_in_any_order() -> None:
+    jitters = [one.jitter for one in drawn(PRESETS["colourisation"])]
+    present = [jitter for jitter in jitters if jitter is not None]
+    assert abs(len(present) / len(jitters) - 0.3) < 0.03
+    assert len({jitter.order for jitter in present}) == 24
+    assert all(set(jitter.order) == set(STEPS) for jitter in present)
+    for name, (low, high) in {"brightness": (0.5, 1.5), "saturation": (0.0, 1.5), "hue": (-0.1, 0.1)}.items():
+        values = np.array([getattr(jitter, name) for jitter in present])
+        assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+
+
+def test_scenes_of_another_version_are_refused() -> None:
+    values = sample_parameters(PRESETS["backlit"], 0, 0, 0).to_dict()
+    with pytest.raises(UsageError, match="fog"):
+        DegradationParameters.from_dict({**values, "scene": {**values["scene"], "kind": "fog"}})
+    with pytest.raises(UsageError, match="scene"):
+        DegradationParameters.from_dict({**values, "scene": {"kind": "backlit"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (LowLightConfig, {"gamma": (0.5, 2.0)}),
+        (LowLightConfig, {"gain": (0.9, 0.1)}),
+        (UnderwaterConfig, {"waters": ("I", "X")}),
+        (UnderwaterConfig, {"waters": ()}),
+        (UnderwaterConfig, {"tilt": (0.0, 1.5)}),
+        (BacklitConfig, {"shade": (-1.0, 1.0)}),
+    ],
+)
+def test_ranges_of_scenes_that_make_no_sense_are_usage_errors(config: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(fields))):
+        config(**fields)
+
+
 def test_parameters_survive_json_exactly() -> None:
-    for one in drawn(COLOURISATION, 50):
+    drawn_scenes = [one for name in ("low_light", "underwater", "backlit") for one in drawn(PRESETS[name], 20)]
+    for one in [*drawn(COLOURISATION, 50), *drawn(PRESETS["colourisation"], 50), *drawn_scenes]:
         assert DegradationParameters.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
@@ -154,6 +232,8 @@ def test_scaling_follows_the_picture_and_keeps_the_shrunken_picture_readable() -
         {"kernel_probabilities": (1.0,)},
         {"gray_probability": 1.5},
         {"colour_shift_probability": -0.1},
+        {"jitter_probability": 1.1},
+        {"shot": (0.1, 0.0)},
     ],
 )
 def test_ranges_that_make_no_sense_are_usage_errors(fields: dict[str, Any]) -> None:
