@@ -58,6 +58,9 @@ class NetworkConfig:
     transformer_layers: int = 9
     connect_sizes: tuple[int, ...] = (32, 64, 128, 256)
     """Feature sides at which stage 3 fuses encoder features into the decoder."""
+    tones: int = 0
+    """Restored pictures take their means over windows of about so many pixels from the degraded picture (ours);
+    0 leaves tones to the generator (published), whose normalisation loses them in small networks."""
 
     def __post_init__(self) -> None:
         levels = len(self.channel_multipliers)
@@ -81,6 +84,8 @@ class NetworkConfig:
             raise UsageError("quality_bins needs at least one positive entry.")
         if not 0.0 <= self.hq_threshold <= 1.0:
             raise UsageError(f"hq_threshold {self.hq_threshold} is outside [0, 1].")
+        if not 0 <= self.tones < self.image_size:
+            raise UsageError(f"tones {self.tones} is no window inside a picture of {self.image_size} pixels.")
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -94,9 +99,11 @@ class NetworkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``NetworkConfig.from_dict`` reverses it."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
+        values = dataclasses.asdict(self)
+        if not self.tones:
+            # Younger than the first checkpoints, whose digests are to stay what they are.
+            del values["tones"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":
@@ -124,6 +131,24 @@ def digest(values: Any, length: int = 12) -> str:
     """First ``length`` hex digits of the sha256 of the canonical JSON of ``values``."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+FIXED_BY_STAGE_1 = (
+    "image_size",
+    "base_channels",
+    "channel_multipliers",
+    "res_blocks",
+    "attention_sizes",
+    "latent_channels",
+    "codebook_size",
+    "codebooks",
+    "fusion",
+    "residual_hq",
+    "alpha",
+    "hq_threshold",
+)
+"""Fields that give stage 1's weights and codes their meaning: a later stage with others would decode another latent
+than the generator has learnt, without an error of shapes (``alpha``, ``residual_hq``, ``hq_threshold``)."""
 
 
 PRESETS: dict[str, NetworkConfig] = {

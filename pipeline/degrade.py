@@ -31,6 +31,9 @@ from pipeline.view import View, read_view
 
 PARAMETERS = "parameters.parquet"
 RECORD = "pairs.json"
+_NESTED = ("scene", "jitter")
+_OPTIONAL = (*_NESTED, "shot")
+"""Columns that only some degradations have, and then perhaps not in every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,8 @@ def _recipe(config: DegradeConfig) -> Recipe:
     run: dict[str, Any] = json.loads(storage.read("run.json"))
     if "degradation" not in run["training"]:
         raise UsageError(f"The run {config.run} ({run['stage']}) degrades nothing.", "Name one of stage 2 or 3.")
+    if "pairs" in run["lineage"]:
+        raise UsageError(f"The run {config.run} was trained on pairs.", "Its degraded pictures are a corpus already.")
     network = NetworkConfig.from_dict(run["network"])
     return Recipe(
         config.view or run["lineage"]["view_name"],
@@ -196,7 +201,7 @@ def _pairs(config: DegradeConfig, recipe: Recipe, corpus: Corpus, view: View, ta
         for row, values in zip(rows.to_pylist(), table.to_pylist(), strict=True):
             picture = decode(corpus.read_sample(row), config.pixels).array
             hq = fit_picture(picture, recipe.network.image_size, recipe.fit)
-            parameters = DegradationParameters.from_dict({k: v for k, v in values.items() if k != "key"})
+            parameters = parameters_of(values)
             target.publish(f"hq/{row['key']}.png", encode_png(hq))
             target.publish(f"lq/{row['key']}.png", encode_png(degrade_picture(hq, parameters)))
             meter.advance()
@@ -207,13 +212,25 @@ def _pairs(config: DegradeConfig, recipe: Recipe, corpus: Corpus, view: View, ta
 
 
 def _parameters_table(keys: list[str], recipe: Recipe) -> pa.Table:
-    """key and every field of ``DegradationParameters``, a row each key."""
+    """key and every field of ``DegradationParameters`` that the degradation uses, a row each key."""
     rows = [{"key": key, **parameters_for_key(recipe.degradation, recipe.seed, key).to_dict()} for key in keys]
+    for row in rows:
+        # A scene and a jitter have parts that differ by kind: JSON in one column each.
+        row.update({name: json.dumps(row[name], sort_keys=True) for name in _NESTED if name in row})
     kinds = {"kernel": pa.string(), "kernel_size": pa.int32(), "noise_seed": pa.int64(), "jpeg": pa.int32()}
-    kinds |= {"colour_shift": pa.list_(pa.float64()), "gray": pa.bool_()}
-    fields = [field.name for field in dataclasses.fields(DegradationParameters)]
+    kinds |= {"colour_shift": pa.list_(pa.float64()), "gray": pa.bool_(), "scene": pa.string(), "jitter": pa.string()}
+    used = {name for row in rows for name in row}
+    fields = [field.name for field in dataclasses.fields(DegradationParameters) if field.name in used]
     schema = pa.schema([("key", pa.string()), *((name, kinds.get(name, pa.float64())) for name in fields)])
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def parameters_of(row: dict[str, Any]) -> DegradationParameters:
+    """The parameters in one row of ``parameters.parquet``."""
+    values = {name: value for name, value in row.items() if name != "key" and not (name in _OPTIONAL and value is None)}
+    return DegradationParameters.from_dict(
+        {name: json.loads(value) if name in _NESTED else value for name, value in values.items()}
+    )
 
 
 def _json(values: dict[str, Any]) -> bytes:

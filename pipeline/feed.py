@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from iqpir.config import NetworkConfig
 from iqpir.degradation.parameters import DegradationConfig, sample_parameters
-from iqpir.degradation.reference import degrade
+from iqpir.degradation.picture import degrade
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode
 from iqpir.stages.batch import Batch
 from iqpir.training.order import sample_at
 from pipeline.corpus import Corpus
+from pipeline.pairs import Pairs
 from pipeline.shard_cache import ShardCache
 
 Picture = NDArray[np.uint8]
@@ -121,6 +122,7 @@ class Samples(Dataset[Item]):
         codes: int16 ``[N, 2, C, h, w]``, original and mirrored, a row each sample; or None.
         seed: of order, flips, crops and degradations.
         schedule: position -> degradation, where it changes during a training; picklable.
+        pairs: LQ that exist, a row each sample; then nothing is degraded.
     """
 
     def __init__(
@@ -133,8 +135,9 @@ class Samples(Dataset[Item]):
         codes: NDArray[np.int16] | None,
         seed: int,
         schedule: Callable[[int], DegradationConfig] | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
-        self.schedule = schedule
+        self.schedule, self.pairs = schedule, pairs
         self.corpus_url, self.config, self.size = corpus_url, config, network.image_size
         self.degradation, self.codes, self.seed = degradation, codes, seed
         self.shards = rows["shard"].dictionary_encode().combine_chunks()
@@ -161,16 +164,21 @@ class Samples(Dataset[Item]):
 
     def prepare(self, picture: Picture, epoch: int, index: int, degradation: DegradationConfig | None) -> Item:
         """Fit, mirror and degrade one picture, as (seed, epoch, index) decide."""
-        random = np.random.Generator(np.random.Philox(key=[self.seed ^ _AUGMENT, (epoch << 40) | index]))
-        flipped = bool(random.integers(2)) and self.config.flip
-        hq = fit_picture(picture, self.size, self.config.fit, random)
-        if flipped:
-            hq = np.ascontiguousarray(hq[:, ::-1])
+        hq, flipped = self._augmented(picture, epoch, index)
         lq = None
-        if degradation is not None:
+        if self.pairs is not None:
+            lq = self._augmented(self.pairs.lq(index), epoch, index)[0]
+        elif degradation is not None:
             lq = degrade(hq, sample_parameters(degradation, self.seed, epoch, index))
         codes = None if self.codes is None else self.codes[index, int(flipped)]
         return Item(hq, lq, float(self.quality[index]), index, flipped, codes)
+
+    def _augmented(self, picture: Picture, epoch: int, index: int) -> tuple[Picture, bool]:
+        """The picture fitted and perhaps mirrored, and whether it is; alike for both pictures of a pair."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed ^ _AUGMENT, (epoch << 40) | index]))
+        flipped = bool(random.integers(2)) and self.config.flip
+        fitted = fit_picture(picture, self.size, self.config.fit, random)
+        return (np.ascontiguousarray(fitted[:, ::-1]) if flipped else fitted), flipped
 
 
 class Positions(Sampler[int]):
@@ -242,5 +250,14 @@ def collate(items: list[Item]) -> Batch:
 
 def pictures_to_tensor(pictures: list[Picture]) -> torch.Tensor:
     """uint8 RGB HWC pictures of one size to float32 [B,3,H,W] in [-1,1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return stacked.to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    height, width = pictures[0].shape[:2]
+    # Filled in place: each further copy of a batch costs as much as decoding it, most of it for new pages.
+    stacked = torch.empty(len(pictures), 3, height, width)
+    for picture, place in zip(pictures, stacked, strict=True):
+        planes = torch.from_numpy(picture).permute(2, 0, 1)
+        if planes.is_contiguous():
+            place.copy_(planes)
+            continue
+        for channel, plane in zip(cv2.split(picture), place, strict=True):
+            plane.copy_(torch.from_numpy(channel))
+    return stacked.div_(127.5).sub_(1.0)

@@ -13,11 +13,12 @@ from iqpir.training.distributed import Distributed
 from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
+from pipeline.pairs import PairsConfig
 from pipeline.prior import build_prior, check_prior
 from pipeline.storage import Storage
 from pipeline.train import run_training
 from pipeline.train_worker import run_worker, training_feed
-from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
+from pipeline.training import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
 from pipeline.view import View
 
 
@@ -33,6 +34,8 @@ class Stage2Training(Training):
     """``cached``: what jobs/encode.py wrote for this stage 1; ``online``: encode in every step."""
     degradation: str = "faces"
     """Preset of the degradation, scaled to the network's size."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Degraded pictures that exist, in place of ``degradation``."""
     prior: list[str] = field(default_factory=lambda: ["rank"])
     """Differentiable metrics of the quality loss, calibrated as the view's labels are."""
     stage_name: ClassVar[str] = "stage2"
@@ -58,7 +61,7 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
     if training.stage.quality_weight > 0:
         check_prior(corpus, view, training.prior)
         lineage["prior"] = " ".join(training.prior)
-    lineage["degradation"] = training.degradation
+    lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     degradation_for(training.degradation, found.network_config.image_size)
     return Prepared(network_config(training, found.network_config), lineage, facts)
 
@@ -108,7 +111,7 @@ def assemble(training: Stage2Training, prepared: Prepared, distributed: Distribu
     )
     state = stage.initial_state(network, seed=training.seed)
     degradation = degradation_for(training.degradation, prepared.network.image_size)
-    return Parts(stage, state, training_feed(training, prepared, distributed, degradation))
+    return Parts(stage, state, training_feed(training, prepared, distributed, degradation, pairs=training.pairs))
 
 
 def load_stage1(network: RestorationNetwork, prepared: Prepared) -> None:

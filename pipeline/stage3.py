@@ -13,12 +13,13 @@ from iqpir.training.distributed import Distributed
 from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
+from pipeline.pairs import PairsConfig
 from pipeline.perceptual import perceptual_term
 from pipeline.stage2 import degradation_for, require_same_calibration
 from pipeline.storage import Storage
 from pipeline.train import run_training
 from pipeline.train_worker import run_worker, training_feed
-from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
+from pipeline.training import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
 from pipeline.view import View
 
 
@@ -34,6 +35,8 @@ class Stage3Training(Training):
     """Preset of the strong degradation, of steps without fidelity."""
     light_degradation: str = "fidelity"
     """Preset of the light degradation, of steps with fidelity."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Degraded pictures that exist, in place of both degradations."""
     perceptual: str = "lpips"
     """Perceptual term: lpips (needs VGG weights), a full-reference metric of pyiqa (ms_ssim, ssim), or none."""
     stage_name: ClassVar[str] = "stage3"
@@ -68,9 +71,10 @@ def prepare(training: Stage3Training, corpus: Corpus, view: View) -> Prepared:
         raise UsageError(f"{training.stage2} is a checkpoint of {found.stage}, not of stage 2.")
     lineage = lineage_of(corpus, view)
     require_same_calibration(found, lineage, view)
-    lineage["stage1"] = str(found.metadata["stage1_digest"])
+    # Stage 2 trained the encoder: the codes are those of the stage 1 that it started from.
+    lineage["stage1"] = str(found.metadata["lineage"]["stage1"])
     lineage["stage2"] = str(found.metadata["weights_digest"])
-    lineage["degradation"] = training.degradation
+    lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     facts = {"stage2": Storage.open(training.stage2).url}
     facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)
     lineage["codes"] = codes_digest(corpus, facts["codes"], lineage["stage1"])
@@ -110,4 +114,6 @@ def assemble(training: Stage3Training, prepared: Prepared, distributed: Distribu
     )
     state = stage.initial_state(network.to(distributed.device), seed=training.seed)
     schedule = phases(training, prepared.network.image_size)
-    return Parts(stage, state, training_feed(training, prepared, distributed, schedule.strong, schedule))
+    return Parts(
+        stage, state, training_feed(training, prepared, distributed, schedule.strong, schedule, training.pairs)
+    )

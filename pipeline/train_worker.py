@@ -13,6 +13,7 @@ import torch
 
 from iqpir.config import NetworkConfig
 from iqpir.degradation.parameters import DegradationConfig
+from iqpir.errors import VerificationError
 from iqpir.training.distributed import Distributed
 from iqpir.training.loop import BatchSource, fit
 from pipeline.checkpoints import checkpoint_sink
@@ -22,10 +23,11 @@ from pipeline.encode import read_codes
 from pipeline.feed import IndexedFeed, Samples
 from pipeline.launch import Launcher
 from pipeline.layout import to_json
+from pipeline.pairs import Pairs, PairsConfig
 from pipeline.step_meter import step_meter
 from pipeline.storage import Storage
 from pipeline.tracking import RunHandle, RunLog
-from pipeline.training import RESULT, Build, Prepared, Training
+from pipeline.training import RESULT, Build, Prepared, Training, partners_of
 from pipeline.view import read_view
 
 
@@ -100,8 +102,13 @@ def training_feed(
     distributed: Distributed,
     degradation: DegradationConfig | None = None,
     schedule: Callable[[int], DegradationConfig] | None = None,
+    pairs: PairsConfig | None = None,
 ) -> BatchSource:
-    """This rank's batches of the view's train split; with codes where the lineage names a code cache."""
+    """This rank's batches of the view's train split; with codes where the lineage names a code cache.
+
+    Raises:
+        VerificationError: the pairs are not those that the driver saw.
+    """
     corpus = Corpus(training.corpus)
     rows = read_view(corpus, prepared.lineage["view_name"]).split("train")
     codes = None
@@ -109,8 +116,13 @@ def training_feed(
         books = 2 if prepared.network.codebooks == "dual" else 1
         side = prepared.network.latent_size
         codes = read_codes(corpus, prepared.facts["codes"], rows, (books, side, side))
+    partners: Pairs | None = None
+    if pairs is not None and pairs.lq:
+        partners = partners_of(pairs, training.feed, corpus, rows["key"].to_pylist())
+        if partners.digest != prepared.lineage["pairs"]:
+            raise VerificationError(f"The pairs of {pairs.lq} changed since the start.", "Start the training again.")
     samples = Samples(
-        training.corpus, rows, training.feed, prepared.network, degradation, codes, training.seed, schedule
+        training.corpus, rows, training.feed, prepared.network, degradation, codes, training.seed, schedule, partners
     )
     rank, world, device = distributed.rank, distributed.world_size, distributed.device
     if training.feed.kind == "ffcv":

@@ -1,10 +1,11 @@
 """What the training of every stage has in common: its configuration, what a stage adds, how it ended."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from iqpir.config import NetworkConfig, preset
+from iqpir.config import FIXED_BY_STAGE_1, NetworkConfig, preset
 from iqpir.errors import UsageError
 from iqpir.training.distributed import Distributed
 from iqpir.training.loop import BatchSource, FitConfig
@@ -13,6 +14,7 @@ from pipeline.command import workspace
 from pipeline.corpus import Corpus
 from pipeline.feed import FeedConfig
 from pipeline.launch import Launcher, Workers
+from pipeline.pairs import Pairs, PairsConfig, find_pairs
 from pipeline.view import View
 
 RESULT = "result.json"
@@ -78,6 +80,7 @@ class Training:
             "tracking_uri",
             "experiment",
             "feed",
+            "pairs",
             "stage1",
             "preset",
             "network",
@@ -151,16 +154,24 @@ Build = Callable[[Any, Prepared, Distributed], Parts]
 
 
 def network_config(training: Training, base: NetworkConfig | None = None, **derived: Any) -> NetworkConfig:
-    """The network of a training: the preset (or ``base``), then derived values, then the user's.
+    """The network of a training: the preset (or ``base``, of a checkpoint), then derived values, then the user's.
 
     Raises:
-        UsageError: an unknown field.
+        UsageError: an unknown field, or one that the checkpoint's stage 1 has fixed to another value.
     """
     values = (preset(training.preset) if base is None else base).to_dict()
-    unknown = sorted(training.network.keys() - values.keys())
+    known = [field.name for field in dataclasses.fields(NetworkConfig)]
+    unknown = sorted(training.network.keys() - set(known))
     if unknown:
-        raise UsageError(f"A network has no field {unknown[0]!r}.", f"Known: {', '.join(values)}.")
-    return NetworkConfig.from_dict({**values, **derived, **training.network})
+        raise UsageError(f"A network has no field {unknown[0]!r}.", f"Known: {', '.join(known)}.")
+    config = NetworkConfig.from_dict({**values, **derived, **training.network})
+    for name in FIXED_BY_STAGE_1 if base is not None else ():
+        if getattr(config, name) != getattr(base, name):
+            raise UsageError(
+                f"network.{name} is {getattr(config, name)}; the checkpoint was trained with {getattr(base, name)}.",
+                "Leave it out, or train stage 1 with it.",
+            )
+    return config
 
 
 def lineage_of(corpus: Corpus, view: View) -> dict[str, str]:
@@ -171,3 +182,25 @@ def lineage_of(corpus: Corpus, view: View) -> dict[str, str]:
         "view_name": view.reference,
         "calibration": str(view.facts["calibration"]),
     }
+
+
+def partners_of(pairs: PairsConfig, feed: FeedConfig, corpus: Corpus, keys: list[str]) -> Pairs:
+    """The degraded partner of each training sample.
+
+    Raises:
+        UsageError: they cannot be had: see ``find_pairs``; or the feed is one that holds good pictures only.
+    """
+    if feed.kind != "indexed":
+        raise UsageError(f"feed.kind {feed.kind} holds no degraded pictures.", "Set feed.kind to indexed for pairs.")
+    return find_pairs(pairs, corpus, keys, feed.pixels, feed.cache)
+
+
+def degraded_by(pairs: PairsConfig, degradation: str, feed: FeedConfig, corpus: Corpus, view: View) -> dict[str, str]:
+    """What of a run's lineage says where its degraded pictures come from.
+
+    Raises:
+        UsageError: there are no such pairs.
+    """
+    if not pairs.lq:
+        return {"degradation": degradation}
+    return {"pairs": partners_of(pairs, feed, corpus, view.split("train")["key"].to_pylist()).digest}

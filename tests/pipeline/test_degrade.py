@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from iqpir.config import preset
-from iqpir.degradation.parameters import PRESETS, DegradationParameters, parameters_for_key
+from iqpir.degradation.parameters import PRESETS, DegradationParameters, parameters_for_key, scaled
+from iqpir.degradation.picture import degrade as degrade_as_fed
 from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
-from pipeline.degrade import DegradeConfig, degrade
+from pipeline.degrade import DegradeConfig, degrade, parameters_of
 from pipeline.feed import FeedConfig, Samples
 
 TINY = {"preset": "tiny32", "degradation": "tiny32"}
@@ -28,15 +29,18 @@ def pixels(path: str | Path) -> Any:
     return np.asarray(Image.open(path))
 
 
-@pytest.mark.parametrize(("fit", "flip"), [("crop", True), ("resize", False)])
-def test_a_replay_is_what_the_feed_gave(made: Any, tmp_path: Path, fit: str, flip: bool) -> None:
+@pytest.mark.parametrize(
+    ("fit", "flip", "name"),
+    [("crop", True, "tiny32"), ("resize", False, "tiny32"), ("crop", True, "backlit"), ("resize", False, "low_light")],
+)
+def test_a_replay_is_what_the_feed_gave(made: Any, tmp_path: Path, fit: str, flip: bool, name: str) -> None:
     rows = made.view.split("train")
     samples = Samples(
         made.url,
         rows,
         FeedConfig(fit=fit, flip=flip),  # type: ignore[arg-type]
         preset("tiny32"),
-        PRESETS["tiny32"],
+        scaled(PRESETS[name], 32),
         None,
         11,
     )
@@ -55,7 +59,8 @@ def test_a_replay_is_what_the_feed_gave(made: Any, tmp_path: Path, fit: str, fli
             seed=11,
             fit=fit,  # type: ignore[arg-type]
             flip=flip,
-            **TINY,
+            preset="tiny32",
+            degradation=name,
         )
         hq, lq, record = degrade(config).files
         assert np.array_equal(pixels(hq), item.hq)
@@ -64,7 +69,7 @@ def test_a_replay_is_what_the_feed_gave(made: Any, tmp_path: Path, fit: str, fli
         facts = json.loads(Path(record).read_text())
         flipped.add(facts["flipped"])
         parameters = DegradationParameters.from_dict(facts["parameters"])
-        assert np.array_equal(degrade_picture(item.hq, parameters), item.lq)
+        assert np.array_equal(degrade_as_fed(item.hq, parameters), item.lq)
     assert flipped == ({True, False} if flip else {False})
 
 
@@ -96,7 +101,8 @@ def test_a_run_says_how_it_degraded(made: Any, tmp_path: Path) -> None:
     assert np.array_equal(pixels(by_run.files[1]), pixels(by_hand.files[1]))
 
 
-def test_pairs_are_fixed_and_their_parameters_make_them_again(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny32", "underwater", "colourisation"])
+def test_pairs_are_fixed_and_their_parameters_make_them_again(made: Any, tmp_path: Path, name: str) -> None:
     def pairs(output: str, seed: int = 3) -> Any:
         return degrade(
             DegradeConfig(
@@ -105,18 +111,20 @@ def test_pairs_are_fixed_and_their_parameters_make_them_again(made: Any, tmp_pat
                 output=str(tmp_path / output),
                 seed=seed,
                 fit="resize",
-                **TINY,  # type: ignore[arg-type]
+                preset="tiny32",
+                degradation=name,
             )
         )
 
+    config = scaled(PRESETS[name], 32)
     first, second, other = pairs("one"), pairs("two"), pairs("three", seed=4)
     assert first.digest == second.digest != other.digest
     table = pq.read_table(tmp_path / "one" / "parameters.parquet").to_pylist()
     keys = made.view.split("val")["key"].to_pylist()
     assert [row["key"] for row in table] == keys
     for row in table:
-        parameters = DegradationParameters.from_dict({k: v for k, v in row.items() if k != "key"})
-        assert parameters == parameters_for_key(PRESETS["tiny32"], 3, row["key"])
+        parameters = parameters_of(row)
+        assert parameters == parameters_for_key(config, 3, row["key"])
         hq, lq = (pixels(tmp_path / "one" / kind / f"{row['key']}.png") for kind in ("hq", "lq"))
         assert hq.shape == (32, 32, 3)
         assert np.array_equal(degrade_picture(hq, parameters), lq)
