@@ -6,20 +6,23 @@ A picture that cannot be restored is a row with the reason, never a copy of the 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 
 from iqpir.config import digest
 from iqpir.errors import PermanentError, UsageError
-from iqpir.pixels import PictureError
+from iqpir.faces import FaceDetector, Picture, restore_faces
+from iqpir.pixels import PictureError, decode, encode_png
 from iqpir.restorer import Restorer
 from iqpir.training.checkpoint import load
 from pipeline.checkpoints import fetch_checkpoint
-from pipeline.plan import EXTENSIONS
+from pipeline.face_detector import FacesConfig, load_detector
 from pipeline.progress import progress
+from pipeline.sources.inputs import EXTENSIONS
 from pipeline.storage import Entry, Storage
 from pipeline.tracking import reachable, tracking_location, wait_at_most
 
@@ -47,8 +50,15 @@ class RestoreConfig:
     """MLflow server or database of ``models:/`` URIs; $MLFLOW_TRACKING_URI or the workspace's by default."""
     device: str = "cpu"
     """Where a checkpoint runs; a registered model chooses by itself."""
+    faces: FacesConfig = field(default_factory=FacesConfig)
+    """Faces in whole pictures: found, aligned, restored and put back."""
 
     def __post_init__(self) -> None:
+        if self.faces.detector and self.model.startswith(_REGISTRY):
+            raise UsageError(
+                f"Faces are aligned to the size of a network, which {self.model} does not tell.",
+                "Give the checkpoint or the run that was registered as model.",
+            )
         for name in ("quality", "fidelity"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"{name} {getattr(self, name)} is outside [0, 1].")
@@ -90,7 +100,8 @@ def restore(config: RestoreConfig) -> RestoreResult:
     if not entries:
         raise UsageError(f"There are no pictures below {config.input}.", f"Known: {' '.join(sorted(EXTENSIONS))}.")
     config = _pinned(config)
-    request = digest([_weights(config.model), config.quality, config.fidelity])
+    detector = load_detector(config.faces) if config.faces.detector else None
+    request = digest(_identity(config, "" if detector is None else detector[1]))
     earlier = _earlier(target, request)
     names = _output_names(entries)
     todo = [entry for entry in entries if earlier.get(entry.path) != entry.etag]
@@ -98,7 +109,7 @@ def restore(config: RestoreConfig) -> RestoreResult:
     rows = [row for row in rows if row.relpath not in {entry.path for entry in todo}]
     skipped = len(rows)
     if todo:
-        run = _restorer(config)
+        run = _restorer(config) if detector is None else _face_restorer(config, detector[0])
         with progress(len(todo), "restore") as meter:
             for entry in todo:
                 picture, error = run(source.read(entry.path))
@@ -166,6 +177,44 @@ def _pinned(config: RestoreConfig) -> RestoreConfig:
 def _weights(model: str) -> str:
     """What tells the restorations of two pinned models apart."""
     return model if model.startswith(_REGISTRY) else str(load(Path(model)).metadata["weights_digest"])
+
+
+def _identity(config: RestoreConfig, detector: str) -> list[Any]:
+    """What tells two restorations of one picture apart."""
+    alike = [_weights(config.model), config.quality, config.fidelity]
+    return [*alike, {**asdict(config.faces), "detector": detector}] if detector else alike
+
+
+def _face_restorer(config: RestoreConfig, detector: FaceDetector) -> Restore:
+    """A function over bytes that restores the faces in a picture; one without a face is an error, not a copy."""
+    restorer = Restorer.load(config.model, device=config.device)
+
+    def several(pictures: Sequence[Picture]) -> Sequence[Picture]:
+        return restorer.restore_batch(pictures, config.quality, config.fidelity)
+
+    def whole(picture: Picture) -> Picture:
+        return several([picture])[0]
+
+    def run(data: bytes) -> tuple[bytes | None, str | None]:
+        try:
+            picture = decode(data, restorer.policy).array
+        except PictureError as error:
+            return None, str(error)
+        background = whole if config.faces.background == "restore" else None
+        result = restore_faces(
+            picture,
+            detector,
+            several,
+            restorer.image_size,
+            background=background,
+            feather=config.faces.feather,
+            which=config.faces.which,
+        )
+        if result.faces == 0 and background is None:
+            return None, "no_face: the detector found none; lower faces.score, or set faces.background to restore."
+        return encode_png(result.picture), None
+
+    return run
 
 
 def _restorer(config: RestoreConfig) -> Restore:
