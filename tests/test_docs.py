@@ -13,6 +13,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -22,7 +23,7 @@ from tests.chain import write_pictures
 from tests.conftest import draw_picture
 from tests.jobs.scripts import job
 from tests.pipeline.tiny_checkpoint import write_checkpoint
-from tests.source_files import REPOSITORY
+from tests.source_files import REPOSITORY, python_files
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "infra/README.md"]
 NOT_HERE = {"infra/docker/.env", "jobs/NAME.py"}
@@ -173,6 +174,11 @@ class TestNames:
                 headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
+    def test_tests_that_a_document_names_exist(self, path: Path) -> None:
+        named = set(re.findall(r"`(test_\w+)`", path.read_text()))
+        tests = "\n".join(file.read_text() for file in python_files("tests"))
+        assert named <= set(re.findall(r"def (test_\w+)\(", tests))
+
     def test_flags_in_the_text_are_flags_of_jobs(self, path: Path) -> None:
         if path.parent.name == "infra":
             return  # speaks of flags of other programs
@@ -195,6 +201,56 @@ def flags(config_type: type, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if inspect.isclass(hints[field.name]) and dataclasses.is_dataclass(hints[field.name]):
             yield from flags(hints[field.name], f"{prefix}{field.name}.")
+
+
+FIGURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
+
+
+def figures_of(path: Path) -> dict[Path, str]:
+    """Figures that a document shows -> what it says they are, for who cannot see them."""
+    shown = [(markdown or html, words) for words, markdown, html in FIGURE.findall(prose(path))]
+    return {(path.parent / name).resolve(): words for name, words in shown if "://" not in name}
+
+
+SHOWING = sorted({*DOCUMENTS, *(REPOSITORY / "docs").rglob("*.md")})
+DRAWN = sorted((REPOSITORY / "docs").rglob("*.svg"))
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_each_figure_that_a_document_shows_exists_and_is_described(path: Path) -> None:
+    for figure, words in figures_of(path).items():
+        assert figure.is_file(), figure
+        assert words or figure.suffix == ".svg", f"{figure.name} has no description"
+
+
+def test_every_figure_is_shown_by_a_document() -> None:
+    shown = {figure for path in SHOWING for figure in figures_of(path)}
+    kept = {figure.resolve() for figure in (*DRAWN, *(REPOSITORY / "docs").rglob("*.png"))}
+    assert len(kept) >= 8 and not kept - shown
+
+
+@pytest.mark.parametrize("figure", DRAWN, ids=lambda path: path.name)
+def test_a_drawing_is_well_formed_and_loads_and_runs_nothing(figure: Path) -> None:
+    text = figure.read_text()
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+    assert "svg" in tags and not tags & {"script", "image", "foreignObject"}
+    assert not re.search(r"@import|@font-face|url\((?!['\"]?#)", text)
+
+
+@pytest.mark.parametrize("figure", sorted((REPOSITORY / "docs/figures").glob("*.svg")), ids=lambda path: path.name)
+def test_a_figure_of_the_method_can_be_read_by_everybody(figure: Path) -> None:
+    """With a title, on its own ground, in letters of 12 pixels or more, and in styles that it has itself."""
+    root = ElementTree.fromstring(figure.read_text())
+    name = "{http://www.w3.org/2000/svg}"
+    assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+    assert root.findtext(f"{name}title") and root.findtext(f"{name}desc")
+    ground = root.find(f"{name}rect")
+    assert ground is not None and ground.get("fill") == "#ffffff"
+    style = root.findtext(f"{name}style") or ""
+    sizes = [float(size) for size in re.findall(r"(\d+(?:\.\d+)?)px", style)]
+    assert sizes and min(sizes) >= 12
+    styled = set(re.findall(r"\.([a-z]\w*) \{", style))
+    assert {each for element in root.iter() for each in element.get("class", "").split()} <= styled
 
 
 def test_the_table_of_jobs_has_each_job_once() -> None:

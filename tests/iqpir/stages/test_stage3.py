@@ -84,3 +84,13 @@ def test_codebooks_and_generator_are_frozen(tiny: ModuleType) -> None:
 def test_the_balance_is_the_last_convolution_of_the_largest_module(tiny: ModuleType) -> None:
     network = tiny.network(connect_sizes=[8, 16])
     assert last_fidelity_weight(network) is network.fuse_convs_dict["16"].shift[-1].weight
+
+
+def test_the_quality_and_both_codebooks_are_learnt_in_each_phase(tiny: ModuleType) -> None:
+    stage, state = started(tiny)
+    batch = tiny.batch(torch.arange(1, 5))
+    for state.step in (0, 3):
+        before = state.network.score_embed.weight.clone()
+        values = stage.step(state, batch)
+        assert values["common_code_loss"] > 0 and values["hq_code_loss"] > 0
+        assert not torch.equal(state.network.score_embed.weight, before)

@@ -1,0 +1,29 @@
+"""The perceptual term: which pictures it compares, and in which direction it counts."""
+
+import pytest
+import torch
+
+from iqpir.errors import UsageError
+from pipeline.perceptual import perceptual_term
+
+
+@pytest.mark.slow
+def test_a_metric_gets_pictures_in_the_unit_range_and_scales_them_itself() -> None:
+    """Nothing is normalised before the metric that it normalises again (the published LPIPS wrapper did)."""
+    term = perceptual_term("gmsd", 1.0)
+    import pyiqa
+
+    metric = pyiqa.create_metric("gmsd", device=torch.device("cpu"))
+    draws = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    restored, wanted = draws * 2.2 - 1.1
+    assert term is not None
+    expected = metric(((restored + 1) / 2).clamp(0, 1), ((wanted + 1) / 2).clamp(0, 1)).mean()
+    torch.testing.assert_close(term(restored, wanted), expected)
+    assert term(wanted, wanted) < 1e-6 < expected
+
+
+@pytest.mark.parametrize(("name", "weight"), [("no-such-metric", 1.0), ("none", 1.0)])
+def test_a_term_that_cannot_be_had_is_refused(name: str, weight: float) -> None:
+    with pytest.raises(UsageError):
+        perceptual_term(name, weight)
+    assert perceptual_term(name, 0.0) is None
