@@ -1,22 +1,26 @@
 """Choose samples by a SQL condition over their facts and labels: a view. Undoing the choice costs nothing.
 
-The held-back split goes by the hash of the source picture, so crops of one picture never lie on both sides.
+The held-back split goes by the hash of the source picture, so crops of one picture never lie on both sides. With
+``dedup`` it goes by groups of sources that share a cluster, so copies of one picture do not either.
 """
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from iqpir.errors import UsageError
 from pipeline.corpus import Corpus
+from pipeline.dedup import read_dedup
+from pipeline.dedup_clusters import Forest
 from pipeline.label import read_label_index, read_labels
 from pipeline.layout import SAMPLE_REFERENCE, to_json, to_parquet, view_path
 from pipeline.view import view_digest
@@ -39,6 +43,11 @@ class CurateConfig:
     """Labels to choose by; their columns go into the view."""
     where: str = "true"
     """SQL condition (DuckDB), such as: quality > 0.8 and width >= 512. A wrong column name lists all."""
+    dedup: str = ""
+    """Duplicates to respect (jobs/dedup.py --name): clusters are never split between train and val, and the
+    condition sees the columns cluster, cluster_size, duplicate_of and match. Empty: none."""
+    drop_duplicates: bool = True
+    """With dedup: leave out the samples that another one stands for."""
     holdout: float = 0.05
     """Share of the source pictures that is held back as the split val; 0: none."""
     seed: int = 0
@@ -64,6 +73,8 @@ class CurateResult:
     val: int
     unlabelled: int
     """Samples that no condition can choose, because they have no quality."""
+    duplicates: int
+    """Samples with a quality that were left out because another one stands for them."""
     new: bool
     """Whether a version was written; False: the newest equal one is named."""
 
@@ -76,14 +87,16 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     corpus = Corpus(config.corpus)
     index = read_label_index(corpus, config.labels)
-    candidates = _candidates(corpus, read_labels(corpus, index))
+    found, clusters = read_dedup(corpus, config.dedup) if config.dedup else ({}, None)
+    candidates = _candidates(corpus, read_labels(corpus, index), clusters)
     labelled = candidates.filter(pc.is_valid(candidates["quality"]))
-    chosen = _select(labelled, config.where)
+    offered = labelled.filter(pc.is_null(labelled["duplicate_of"])) if _drops(config) else labelled
+    chosen = _select(offered, config.where)
     if not chosen.num_rows:
         raise UsageError(
-            f"No sample meets {config.where!r}.", f"{labelled.num_rows} have a quality; loosen the condition."
+            f"No sample meets {config.where!r}.", f"{offered.num_rows} have a quality; loosen the condition."
         )
-    rows = _view_rows(chosen, config)
+    rows = _view_rows(chosen, _groups(candidates), config)
     val = pc.sum(pc.equal(rows["split"], "val")).as_py()
     data = to_parquet(rows)
     facts = {
@@ -103,6 +116,7 @@ def curate(config: CurateConfig) -> CurateResult:
         "train": rows.num_rows - val,
         "val": val,
         "digest": view_digest(data),
+        **_dedup_facts(config, found),
     }
     version, new = _write(corpus, facts, data)
     return CurateResult(
@@ -112,15 +126,28 @@ def curate(config: CurateConfig) -> CurateResult:
         train=rows.num_rows - val,
         val=val,
         unlabelled=candidates.num_rows - labelled.num_rows,
+        duplicates=labelled.num_rows - offered.num_rows,
         new=new,
     )
 
 
-def _candidates(corpus: Corpus, labels: pa.Table) -> pa.Table:
-    """Every live sample with its labels: the columns of ``SAMPLES`` and of the labels, by key."""
-    samples = corpus.samples()
-    joined = samples.join(labels, "key", join_type="left outer").sort_by("key")
-    return joined.combine_chunks()
+def _drops(config: CurateConfig) -> bool:
+    return bool(config.dedup) and config.drop_duplicates
+
+
+def _dedup_facts(config: CurateConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a view says of its duplicates; nothing where none were named, as before there were any."""
+    if not config.dedup:
+        return {}
+    return {"dedup": config.dedup, "dedup_digest": found["digest"], "drop_duplicates": config.drop_duplicates}
+
+
+def _candidates(corpus: Corpus, labels: pa.Table, clusters: pa.Table | None) -> pa.Table:
+    """Every live sample with its labels and cluster: columns of ``SAMPLES``, of the labels, of ``DEDUP``, by key."""
+    joined = corpus.samples().join(labels, "key", join_type="left outer")
+    if clusters is not None:
+        joined = joined.join(clusters, "key", join_type="left outer")
+    return joined.sort_by("key").combine_chunks()
 
 
 def _select(candidates: pa.Table, where: str) -> pa.Table:
@@ -140,24 +167,59 @@ def _select(candidates: pa.Table, where: str) -> pa.Table:
     return found.select(candidates.column_names).cast(candidates.schema)
 
 
-def _view_rows(chosen: pa.Table, config: CurateConfig) -> pa.Table:
-    """Sample references, label columns and the split."""
+def _view_rows(chosen: pa.Table, groups: Mapping[str, str], config: CurateConfig) -> pa.Table:
+    """Sample references, label columns, the cluster and the split."""
     position = chosen.column_names.index("metadata") + 1
     labels = chosen.column_names[position:]
-    sources = [
-        f"{collection}/{relpath}"
-        for collection, relpath in zip(chosen["collection"].to_pylist(), chosen["relpath"].to_pylist(), strict=True)
-    ]
+    sources = [groups[source] for source in _sources(chosen)]
     held_back = _held_back(set(sources), config.holdout, config.seed)
     split = pa.array(["val" if source in held_back else "train" for source in sources], pa.string())
     return chosen.select([*SAMPLE_REFERENCE.names, *labels]).append_column("split", split)
 
 
+def _sources(samples: pa.Table) -> list[str]:
+    """Source picture of each sample."""
+    names = zip(samples["collection"].to_pylist(), samples["relpath"].to_pylist(), strict=True)
+    return [f"{collection}/{relpath}" for collection, relpath in names]
+
+
+def _groups(candidates: pa.Table) -> dict[str, str]:
+    """Source picture -> first name of the sources that must lie on its side of the split.
+
+    All samples of the corpus count, chosen or not: a change of the condition moves no picture to the other side.
+    """
+    sources = _sources(candidates)
+    if "cluster" not in candidates.column_names:
+        return {source: source for source in sources}
+    return linked(sources, candidates["cluster"].to_pylist())
+
+
+def linked(sources: Sequence[str], clusters: Sequence[str | None]) -> dict[str, str]:
+    """Source -> the smallest source that a chain of shared clusters ties it to.
+
+    Args:
+        sources: of each sample; a source may have several samples.
+        clusters: of each sample; None: alone.
+    """
+    names = sorted(set(sources))
+    place = {name: row for row, name in enumerate(names)}
+    first: dict[str, int] = {}
+    pairs = [
+        (first.setdefault(cluster, place[source]), place[source])
+        for source, cluster in zip(sources, clusters, strict=True)
+        if cluster is not None
+    ]
+    forest = Forest(len(names))
+    if pairs:
+        forest.join(*np.array(pairs, np.int64).T)
+    return {name: names[root] for name, root in zip(names, forest.roots().tolist(), strict=True)}
+
+
 def _held_back(sources: set[str], holdout: float, seed: int) -> set[str]:
     """Source pictures of the split val: those whose hash is below ``holdout``.
 
-    A picture's side does not depend on the others, so a grown corpus keeps its split. With two sources or
-    more each side has at least one.
+    A picture's side does not depend on the others (copies aside), so a grown corpus keeps its split. With two
+    sources or more each side has at least one.
     """
     if holdout == 0.0 or len(sources) < 2:
         return set()
