@@ -100,7 +100,7 @@ def run_on_ray(
     """
     remote: Any = ray.remote(_call).options(max_retries=SYSTEM_RETRIES, **options)
     shared = ray.put(work)
-    width = window or _slots(options)
+    width = window or slots(options) + 2  # two are at hand when others end
     waiting: dict[Any, T] = {}
     source, deadline = iter(tasks), None
     while True:
@@ -123,13 +123,13 @@ def run_on_ray(
             yield _result(reference, waiting.pop(reference))
 
 
-def _slots(options: dict[str, Any]) -> int:
-    """How many tasks the cluster can run at a time, and two to have at hand."""
+def slots(options: dict[str, Any]) -> int:
+    """How many tasks or actors with these ``options`` the cluster can run at a time."""
     resources: dict[str, float] = ray.cluster_resources()
-    slots = [resources.get("CPU", 1.0) / max(options.get("num_cpus", 1.0), 0.1)]
+    found = [resources.get("CPU", 1.0) / max(options.get("num_cpus", 1.0), 0.1)]
     if options.get("num_gpus"):
-        slots.append(resources.get("GPU", 0.0) / options["num_gpus"])
-    return int(min(slots)) + 2
+        found.append(resources.get("GPU", 0.0) / options["num_gpus"])
+    return int(min(found))
 
 
 def _call(work: Callable[[T], Any], task: T) -> Any:

@@ -21,15 +21,17 @@ from pipeline.calibration import (
     read_calibration,
     write_calibration,
 )
+from pipeline.cascade import SKIPPED
 from pipeline.corpus import Corpus
 from pipeline.documents import in_threads, write_document
+from pipeline.drift import DriftPolicy, DriftResult, check_drift
 from pipeline.layout import ObjectRef, label_schema, labels_index_path, labels_path
 from pipeline.score_tables import UnitScores, read_metric_facts, read_scores, read_table
 
 log = logging.getLogger(__name__)
 
 _QUANTILE = re.compile(r"^q(0?\.\d+|0|1)$")
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,18 @@ class LabelConfig:
     """S_thr: a quality such as 0.7, or a quantile such as q0.7 (3 of 10 samples are above it)."""
     bins: int = 10
     """Bins of the quality: floor(bins * quality)."""
+    check: bool = False
+    """Label nothing: score a canary set again with the metrics of the calibration called reuse (or name) and end
+    with exit code 4 if one has drifted."""
+    drift: DriftPolicy = field(default_factory=DriftPolicy)
+    """With check: the canaries and the limits."""
+    device: str = "cpu"
+    """With check: where metrics run, cpu or cuda."""
+    weights_uri: str = ""
+    """With check: folder or URL with weight files, as in jobs/score.py."""
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.name):
+        if not NAME.match(self.name):
             raise UsageError(f"name {self.name!r} may hold letters, digits, '_', '.' and '-' only.")
         if not self.metrics or len(set(self.metrics)) != len(self.metrics):
             raise UsageError(f"metrics {self.metrics} is empty or names one twice.")
@@ -87,10 +98,30 @@ class LabelResult:
     hq_threshold: float
     labelled: int
     unlabelled: int
-    """Samples without a quality, because a metric failed on them."""
+    """Samples without a quality, because a metric failed on them or a cascade kept one from them."""
+    skipped: int
+    """Those of them that a cascade kept from a metric."""
     hq_plus: int
     histogram: list[int]
     """Samples in each bin."""
+
+
+def label_or_check(config: LabelConfig) -> LabelResult | DriftResult:
+    """Label, or with ``check`` prove that the metrics still score as they did.
+
+    Raises:
+        UsageError, IncompleteError: as for ``label``.
+        VerificationError: a table is damaged, or a metric has drifted.
+    """
+    if not config.check:
+        return label(config)
+    return check_drift(
+        Corpus(config.corpus),
+        config.reuse or config.name,
+        config.drift,
+        device=config.device,
+        weights_uri=config.weights_uri,
+    )
 
 
 def label(config: LabelConfig) -> LabelResult:
@@ -105,10 +136,11 @@ def label(config: LabelConfig) -> LabelResult:
     facts = {metric: read_metric_facts(corpus, metric, config.fingerprints) for metric in config.metrics}
     scores = read_scores(corpus, facts)
     raw = {metric: np.concatenate([unit.raw[metric] for unit in scores]) for metric in config.metrics}
-    calibration = _calibration(corpus, config, raw, facts)
-    quality = _quality(calibration, raw)
+    skipped = _skipped(scores)
+    calibration = _calibration(corpus, config, raw, facts, skipped)
+    quality = quality_of(calibration, raw)
     threshold = _threshold(str(config.hq_threshold), quality)
-    histogram = np.bincount(_bins(quality[np.isfinite(quality)], config.bins), minlength=config.bins)
+    histogram = np.bincount(bins_of(quality[np.isfinite(quality)], config.bins), minlength=config.bins)
     objects = _publish(corpus, config, calibration, scores, threshold)
     index = {
         "name": config.name,
@@ -121,6 +153,7 @@ def label(config: LabelConfig) -> LabelResult:
         "manifest": corpus.manifest().digest,
         "labelled": int(np.isfinite(quality).sum()),
         "unlabelled": int((~np.isfinite(quality)).sum()),
+        **_skipped_facts(skipped),
         "hq_plus": int((quality > threshold).sum()),
         "histogram": [int(count) for count in histogram],
         "objects": [reference.to_dict() for reference in objects],
@@ -132,7 +165,10 @@ def label(config: LabelConfig) -> LabelResult:
             "Choose another name; reuse keeps the scale of the former ones.",
         )
     if index["unlabelled"]:
-        log.warning("%d samples have no quality: a metric failed on them", index["unlabelled"])
+        cause = f"a metric failed on {int((~np.isfinite(quality)).sum() - skipped.sum())} of them"
+        if skipped.any():
+            cause += f", a cascade kept one from {int(skipped.sum())}"
+        log.warning("%d samples have no quality: %s", index["unlabelled"], cause)
     return LabelResult(
         corpus=corpus.storage.url,
         name=config.name,
@@ -141,6 +177,7 @@ def label(config: LabelConfig) -> LabelResult:
         hq_threshold=threshold,
         labelled=int(np.isfinite(quality).sum()),
         unlabelled=int((~np.isfinite(quality)).sum()),
+        skipped=int(skipped.sum()),
         hq_plus=int((quality > threshold).sum()),
         histogram=[int(count) for count in histogram],
     )
@@ -184,16 +221,21 @@ def _calibration(
     config: LabelConfig,
     raw: Mapping[str, NDArray[np.float64]],
     facts: Mapping[str, Mapping[str, Any]],
+    skipped: NDArray[np.bool_],
 ) -> Calibration:
-    """The calibration to use: fitted on these scores and stored, or the one to reuse."""
+    """The calibration to use: fitted on these scores and stored, or the one to reuse.
+
+    What a cascade skipped is no part of the reference of any metric: all maps rank within the same samples.
+    """
     if not config.reuse:
         reference = {
             "manifest": corpus.manifest().digest,
             "samples": len(next(iter(raw.values()))),
+            **_skipped_facts(skipped),
         }
         calibration = fit_calibration(
             config.name,
-            raw,
+            {metric: np.where(skipped, np.nan, scores) for metric, scores in raw.items()},
             facts,
             kind=config.calibration,
             knots=config.knots,
@@ -212,7 +254,21 @@ def _calibration(
     return calibration
 
 
-def _quality(calibration: Calibration, raw: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:
+def _skipped(scores: list[UnitScores]) -> NDArray[np.bool_]:
+    """Whether a cascade kept a metric from each sample [N], in the order of the scores."""
+    units = [
+        np.any([np.array(found.to_pylist(), object) == SKIPPED for found in unit.statuses.values()], axis=0)
+        for unit in scores
+    ]
+    return np.concatenate(units).astype(np.bool_) if units else np.zeros(0, np.bool_)
+
+
+def _skipped_facts(skipped: NDArray[np.bool_]) -> dict[str, int]:
+    """Nothing where no cascade skipped anything, as before there were cascades."""
+    return {"skipped_cascade": int(skipped.sum())} if skipped.any() else {}
+
+
+def quality_of(calibration: Calibration, raw: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:
     """Quality [N] as it is stored, float32 in [0, 1); NaN where a metric failed."""
     return np.minimum(calibration.quality(raw), BELOW_ONE).astype(np.float32)
 
@@ -228,7 +284,8 @@ def _threshold(rule: str, quality: NDArray[np.float32]) -> float:
     return float(np.quantile(finite.astype(np.float64), float(match[1])))
 
 
-def _bins(quality: NDArray[np.float32], bins: int) -> NDArray[np.int32]:
+def bins_of(quality: NDArray[np.float32], bins: int) -> NDArray[np.int32]:
+    """Bin [N] of each quality: floor(bins * quality), at most ``bins - 1``."""
     return np.minimum(np.floor(quality.astype(np.float64) * bins), bins - 1).astype(np.int32)
 
 
@@ -255,7 +312,7 @@ def _publish(
 def _label_table(unit: UnitScores, calibration: Calibration, threshold: float, bins: int) -> pa.Table:
     """``label_schema`` rows of one unit; null where a metric failed."""
     calibrated = calibration.calibrate(unit.raw)
-    quality = _quality(calibration, unit.raw)
+    quality = quality_of(calibration, unit.raw)
     missing = ~np.isfinite(quality)
     columns: dict[str, Any] = {"key": unit.keys}
     for metric, values in calibrated.items():
@@ -266,6 +323,6 @@ def _label_table(unit: UnitScores, calibration: Calibration, threshold: float, b
     spread = np.std(list(calibrated.values()), axis=0).astype(np.float32)
     columns["quality"] = pa.array(quality, mask=missing)
     columns["quality_std"] = pa.array(spread, mask=missing)
-    columns["quality_bin"] = pa.array(_bins(np.nan_to_num(quality), bins), mask=missing)
+    columns["quality_bin"] = pa.array(bins_of(np.nan_to_num(quality), bins), mask=missing)
     columns["hq_plus"] = pa.array(quality > threshold, mask=missing)
     return pa.table(columns, schema=label_schema(tuple(calibrated)))

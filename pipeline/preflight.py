@@ -17,6 +17,7 @@ from pipeline.preflight_checks import (
     check_cluster,
     check_corpus,
     check_imports,
+    check_metrics,
     check_network,
     check_registry,
     check_samples,
@@ -38,6 +39,10 @@ class PreflightConfig:
     """View of the corpus whose samples are tried: name or name@v0001."""
     corpus_writable: bool = True
     """Also prove that the corpus can be written: what makes shards, scores, labels or codes needs it."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics that will score: their weights are proved to be at hand, each is built."""
+    weights_uri: str = ""
+    """Folder or URL with weight files, as in jobs/score.py."""
     runs: str = field(default_factory=lambda: f"{workspace()}/runs")
     """Folder or URL for runs."""
     preset: str = "iqpir512"
@@ -90,6 +95,8 @@ def preflight(config: PreflightConfig) -> PreflightResult:
             checks.append(("corpus storage", lambda: check_storage(config.corpus)))
     if config.corpus and config.view:
         checks.append(("samples", lambda: _samples(config)))
+    if config.metrics:
+        checks.append(("metrics", lambda: check_metrics(config.metrics, config.weights_uri)))
     checks.append(("runs storage", lambda: check_storage(config.runs)))
     checks.append(("tracking", lambda: check_tracking(config.tracking_uri)))
     if config.registry:

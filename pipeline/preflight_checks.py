@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.cluster import ensure_ray
 from pipeline.corpus import Corpus
 from pipeline.feed import FeedConfig, fit_picture
 from pipeline.launch import Workers
+from pipeline.score_unit import prove_metrics
 from pipeline.storage import Storage
 from pipeline.tracking import reachable, tracking_location
 from pipeline.view import read_view
@@ -180,6 +181,16 @@ def check_samples(url: str, reference: str, size: int, feed: FeedConfig) -> str:
             raise UsageError(f"Sample {row['key']} does not decode ({error}).") from error
         fit_picture(picture, size, feed.fit)
     return f"{view.reference} ({view.digest}): {len(chosen)} of {rows.num_rows} samples read, decoded, fitted"
+
+
+def check_metrics(names: Sequence[str], weights_uri: str) -> str:
+    """Every metric can be built from the weights that are here or in the mirror.
+
+    Raises:
+        UsageError: an unknown metric, or a weight file that is nowhere.
+    """
+    found = prove_metrics(names, weights_uri)
+    return ", ".join(f"{name} ({facts['weights_sha256'][:12] or 'no weights'})" for name, facts in found.items())
 
 
 def check_tracking(tracking_uri: str) -> str:

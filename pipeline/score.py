@@ -1,30 +1,28 @@
 """Score every sample of a corpus: one decode feeds all metrics, each metric commits alone.
 
 A fingerprint covers everything that decides a score: the metric and its version, its weights, the pixel
-policy. Scores lie under it, so that a metric can be added or upgraded without touching the others.
+policy, tiles and the cascade where there are some. Scores lie under it, so that a metric can be added or upgraded
+without touching the others.
 """
 
-import functools
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-import pyarrow as pa
 
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
+from pipeline.cascade import Gate, in_order, parse_cascade
 from pipeline.corpus import Corpus
 from pipeline.documents import write_document
-from pipeline.layout import SCORES, scores_path
 from pipeline.manifest import ManifestUnit
-from pipeline.metrics import Metric, find_metrics, scorer_digest
-from pipeline.records import commit, finished
-from pipeline.scoring import LoadedMetric, Scored, score_samples
-from pipeline.storage import Storage
-from pipeline.units import Failure, RunReport, SchedulingConfig, schedule
+from pipeline.records import Finished, finished
+from pipeline.score_unit import ScorePlan, ScoreTask, UnitScorer, prove_metrics
+from pipeline.scoring import Scoring
+from pipeline.tiling import TilingPolicy
+from pipeline.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +46,42 @@ class ScoreConfig:
     """Where metrics run: cpu or cuda."""
     batch_pixels: int = 1 << 20
     """Most pixels in a batch; a larger picture is a batch by itself."""
+    tiling: TilingPolicy = field(default_factory=TilingPolicy)
+    """Whether pictures are cut into tiles; part of every fingerprint where they are."""
+    cascade: dict[str, str] = field(default_factory=dict)
+    """Metric -> condition on raw scores of other metrics, such as {"musiq": "rank > 0.3"}: samples that do not
+    meet it are not scored by that metric. Part of its fingerprint. Several conditions: joined by and."""
     pixels: PixelPolicy = field(default_factory=PixelPolicy)
     """How bytes become pixels; part of every fingerprint."""
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
-    """How many units at a time, and where. A worker process keeps its metrics from unit to unit."""
+    """How many units at a time, and where. On Ray, workers are actors that keep their metrics from unit to unit,
+    each with scheduling.cpus and scheduling.gpus (parts such as 0.25 share a GPU); scheduling.workers is the most
+    there may be."""
+    min_actors: int = 1
+    """On Ray: actors that are started at once; more come while units wait."""
+    idle_seconds: float = 5.0
+    """On Ray: an actor without work for so long gives its CPUs and GPUs back."""
 
     def __post_init__(self) -> None:
         if self.batch_pixels < 1:
             raise UsageError(f"batch_pixels {self.batch_pixels} is not positive.")
+        if self.min_actors < 1 or self.idle_seconds < 0:
+            raise UsageError(
+                f"min_actors {self.min_actors} is below 1, or idle_seconds {self.idle_seconds} is negative."
+            )
         if self.device.startswith("cuda") and self.scheduling.workers != 1 and not self.scheduling.gpus:
             raise UsageError("Workers on cuda need scheduling.gpus.", "For example --scheduling.gpus 0.25.")
+        parse_cascade(self.cascade, self.metrics)
+
+    def plan(self) -> ScorePlan:
+        """The part of it that workers need."""
+        how = Scoring(
+            pixels=self.pixels,
+            batch_pixels=self.batch_pixels,
+            tiling=self.tiling,
+            gates=parse_cascade(self.cascade, self.metrics),
+        )
+        return ScorePlan(how=how, device=self.device, weights_uri=self.weights_uri)
 
 
 @dataclass(frozen=True)
@@ -67,26 +91,10 @@ class ScoreResult:
     corpus: str
     samples: int
     metrics: dict[str, dict[str, Any]]
-    """Per metric: fingerprint, samples scored and failed now."""
+    """Per metric: fingerprint, samples scored, failed and skipped by the cascade now."""
     skipped_units: int
     """Units that had scores of every metric before."""
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A unit and the metrics that have no record for it."""
-
-    unit: ManifestUnit
-    metrics: tuple[str, ...]
-
-    @property
-    def unit_id(self) -> str:
-        return self.unit.unit_id
-
-    @property
-    def ordinal(self) -> int:
-        return self.unit.ordinal
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -99,26 +107,24 @@ def score(config: ScoreConfig) -> ScoreResult:
     start = time.monotonic()
     corpus = Corpus(config.corpus)
     manifest = corpus.manifest()
-    fingerprints = _declare(corpus, config)
-    done = {name: finished(corpus.storage, f"score-{name}", found) for name, found in fingerprints.items()}
-    tasks = [
-        _Task(unit, missing)
-        for unit in manifest.units
-        if (missing := tuple(name for name in fingerprints if unit.unit_id not in done[name]))
-    ]
+    declared = _declare(corpus, config)
+    done = {name: finished(corpus.storage, f"score-{name}", found["fingerprint"]) for name, found in declared.items()}
+    tasks = _tasks(manifest.units, done, parse_cascade(config.cascade, config.metrics))
     counts: dict[str, dict[str, Any]] = {
-        name: {"fingerprint": found, "scored": 0, "failed": 0} for name, found in fingerprints.items()
+        name: {"fingerprint": found["fingerprint"], "scored": 0, "failed": 0, "skipped": 0}
+        for name, found in declared.items()
     }
     failures, committed = [], 0
-    work = _Work(corpus.storage, fingerprints, config)
-    for task, outcome in schedule(iter(tasks), work, len(tasks), "score", config.scheduling):
+    work = UnitScorer(corpus.storage, declared, config.plan())
+    pool = ActorPool(min=config.min_actors, idle_seconds=config.idle_seconds)
+    for task, outcome in schedule(iter(tasks), work, len(tasks), "score", config.scheduling, pool):
         if outcome.value is None:
             failures.append(Failure(unit_id=task.unit_id, ordinal=task.ordinal, kind=outcome.kind, error=outcome.error))
             continue
         committed += 1
-        for name, (scored, failed) in outcome.value.items():
-            counts[name]["scored"] += scored
-            counts[name]["failed"] += failed
+        for name, found in outcome.value.items():
+            for kind, count in found.items():
+                counts[name][kind] += count
     _warn_of_failures(counts)
     RunReport(
         total=len(manifest.units),
@@ -140,88 +146,39 @@ def metric_facts_path(metric: str, fingerprint: str) -> str:
     return f"scores/{metric}/{fingerprint}/_metric.json"
 
 
-def _declare(corpus: Corpus, config: ScoreConfig) -> dict[str, str]:
-    """Fingerprint of each metric. All are built before anything is written: that proves their weights at hand."""
+def _tasks(units: Sequence[ManifestUnit], done: Mapping[str, Finished], gates: Mapping[str, Gate]) -> list[ScoreTask]:
+    """Units with the metrics that have no record for them, and the tables of scores that their gates compare."""
+    tasks = []
+    for unit in units:
+        missing = tuple(name for name in done if unit.unit_id not in done[name])
+        compared = {other for name in missing if name in gates for other in gates[name].metrics} - set(missing)
+        if missing:
+            tasks.append(ScoreTask(unit, missing, {other: {} for other in compared}))
+    tables = {
+        other: found.load([task.unit_id for task in tasks if other in task.compared]) for other, found in done.items()
+    }
+    return [
+        replace(task, compared={other: tables[other][task.unit_id]["objects"][0] for other in task.compared})
+        for task in tasks
+    ]
+
+
+def _declare(corpus: Corpus, config: ScoreConfig) -> dict[str, dict[str, Any]]:
+    """Facts of each metric, its fingerprint among them. All metrics are built before anything is written: that
+    proves their weights at hand."""
+    found = prove_metrics(config.metrics, config.weights_uri, commercial_safe=config.commercial_safe)
+    gates = parse_cascade(config.cascade, config.metrics)
     declared: dict[str, dict[str, Any]] = {}
-    for metric in find_metrics(config.metrics, commercial_safe=config.commercial_safe):
-        scorer = _loaded(metric.name, "cpu", config.weights_uri).scorer
-        facts: dict[str, Any] = {
-            **metric.facts(),
-            "weights_sha256": scorer_digest(scorer),
-            "pixels": config.pixels.digest(),
-            "format": FORMAT,
-        }
-        declared[metric.name] = {**facts, "fingerprint": digest(facts)}
+    for name in in_order(config.metrics, gates):
+        facts = {**found[name], "pixels": config.pixels.digest(), "format": FORMAT, **config.tiling.facts()}
+        if name in gates:
+            fingerprints = {other: declared[other]["fingerprint"] for other in gates[name].metrics}
+            facts["cascade"] = gates[name].facts(fingerprints)
+        declared[name] = {**facts, "fingerprint": digest(facts)}
     for name, facts in declared.items():
-        write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), facts)
-    return {name: facts["fingerprint"] for name, facts in declared.items()}
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Scores a unit with the metrics it lacks and commits each metric alone; picklable."""
-
-    storage: Storage
-    fingerprints: dict[str, str]
-    config: ScoreConfig
-
-    def __call__(self, task: _Task) -> dict[str, tuple[int, int]]:
-        """Metric -> samples scored and failed."""
-        corpus = Corpus(self.storage)
-        columns = ["key", "shard", "byte_offset", "byte_size", "sha256"]
-        rows = corpus.unit_samples(task.unit, columns).to_pylist()
-        metrics = [_loaded(name, self.config.device, self.config.weights_uri) for name in task.metrics]
-        results = score_samples(corpus, rows, metrics, self.config.pixels, self.config.batch_pixels)
-        found = [loaded.metric for loaded in metrics]
-        return {metric.name: self._commit(corpus, task.unit, metric, rows, results[metric.name]) for metric in found}
-
-    def _commit(
-        self,
-        corpus: Corpus,
-        unit: ManifestUnit,
-        metric: Metric,
-        rows: list[dict[str, Any]],
-        results: Mapping[str, Scored],
-    ) -> tuple[int, int]:
-        """Store one metric's table, then its commit record; returns counts of scored and failed."""
-        fingerprint = self.fingerprints[metric.name]
-        table = _table(rows, results)
-        reference = corpus.publish_table(
-            table,
-            lambda sha256: scores_path(metric.name, fingerprint, unit.ordinal, sha256),
-            {"metric": metric.name, "fingerprint": fingerprint, "version": metric.version},
-        )
-        failed = sum(scored.raw is None for scored in results.values())
-        record = {
-            "metric": metric.name,
-            "objects": [reference.to_dict()],
-            "samples": len(rows),
-            "success": len(rows) - failed,
-            "failed": failed,
-        }
-        commit(corpus.storage, f"score-{metric.name}", fingerprint, unit.unit_id, record)
-        return len(rows) - failed, failed
-
-
-def _table(rows: list[dict[str, Any]], results: Mapping[str, Scored]) -> pa.Table:
-    """``SCORES`` rows in the order of the samples; every sample has one."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCORES.names}
-    for row in rows:
-        scored = results[row["key"]]
-        columns["key"].append(row["key"])
-        columns["sample_sha256"].append(row["sha256"])
-        columns["raw"].append(scored.raw)
-        columns["status"].append(scored.status)
-        columns["error_code"].append(scored.error_code or None)
-        columns["seconds"].append(scored.seconds)
-    return pa.table(columns, schema=SCORES)
-
-
-@functools.lru_cache(maxsize=16)
-def _loaded(name: str, device: str, weights_uri: str) -> LoadedMetric:
-    """A metric on a device, built once per process: Ray keeps its workers, so weights load once on each."""
-    metric = find_metrics([name])[0]
-    return LoadedMetric(metric, metric.scorer(device, weights_uri or None), device)
+        policy = {"pixel_policy": asdict(config.pixels)}
+        write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), {**facts, **policy})
+    return {name: declared[name] for name in config.metrics}
 
 
 def _warn_of_failures(counts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,71 +1,112 @@
-"""Score the samples of one unit: read in large pieces, decode once, batch equal sizes, survive a bad one."""
+"""Score the samples of one unit: read in large pieces, decode once, batch equal sizes, ask the cascade."""
 
-import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from iqpir.errors import VerificationError
 from iqpir.pixels import PictureError, PixelPolicy, decode
+from pipeline.cascade import SKIPPED, Gate, in_order
 from pipeline.corpus import Corpus
 from pipeline.layout import sha256_hex
-from pipeline.metrics import Metric, Scorer
+from pipeline.score_batches import LoadedMetric, Scored, score_pictures
+from pipeline.tiling import Picture, TilingPolicy
 
 READ_BYTES = 16 << 20
 """Neighbouring samples are read together up to this many bytes."""
 HELD_BATCHES = 8
 """Pictures waiting for others of their size hold at most this many batches' pixels."""
 
-_PICTURE_ERRORS = (RuntimeError, ValueError, ArithmeticError, AssertionError, IndexError)
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a pass over samples is done: what is picklable and the same for every unit."""
 
-@dataclass(frozen=True)
-class Scored:
-    """Score of one sample by one metric; ``raw`` is None unless ``status`` is ``success``."""
-
-    raw: float | None
-    status: str = "success"
-    error_code: str = ""
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class LoadedMetric:
-    """A metric and its scorer on a device."""
-
-    metric: Metric
-    scorer: Scorer
-    device: str
+    pixels: PixelPolicy
+    batch_pixels: int
+    tiling: TilingPolicy = field(default_factory=TilingPolicy)
+    gates: Mapping[str, Gate] = field(default_factory=dict)
 
 
 Row = Mapping[str, Any]
-Picture = NDArray[np.uint8]
+Known = Mapping[str, Mapping[str, float | None]]
+"""metric -> key -> raw score of an earlier pass."""
 
 
 def score_samples(
     corpus: Corpus,
     rows: Sequence[Row],
     metrics: Sequence[LoadedMetric],
-    policy: PixelPolicy,
-    batch_pixels: int,
+    how: Scoring,
+    known: Known | None = None,
 ) -> dict[str, dict[str, Scored]]:
     """Score ``rows`` (sample rows of one unit) with every metric, decoding each sample once.
+
+    Args:
+        corpus: where they are.
+        rows: have ``key`` and the place of the bytes.
+        metrics: those that have no scores of this unit.
+        how: pixels, batches, tiles and gates.
+        known: raw scores of this unit by the metrics that gates compare and that are not in ``metrics``.
 
     Returns:
         metric -> key -> what came out; every row is there for every metric.
     """
     results: dict[str, dict[str, Scored]] = {loaded.metric.name: {} for loaded in metrics}
-    for keys, pictures in _batches(_decoded(corpus, rows, policy, results), batch_pixels):
-        for loaded in metrics:
-            found = score_batch(loaded, pictures)
-            results[loaded.metric.name].update(zip(keys, found, strict=True))
+    known = known or {}
+    order = in_order(list(results), how.gates)
+    by_name = {loaded.metric.name: loaded for loaded in metrics}
+    wanted = _skip_unread(rows, results, how.gates, known)
+    for keys, pictures in _batches(_decoded(corpus, wanted, how.pixels, results), how.batch_pixels):
+        for name in order:
+            chosen = _let_through(name, keys, results, how.gates, known)
+            if chosen:
+                found = score_pictures(by_name[name], [pictures[at] for at in chosen], how.tiling, how.batch_pixels)
+                results[name].update(zip((keys[at] for at in chosen), found, strict=True))
     return results
+
+
+def _let_through(
+    name: str, keys: Sequence[str], results: dict[str, dict[str, Scored]], gates: Mapping[str, Gate], known: Known
+) -> list[int]:
+    """Positions of the keys that the gate of a metric lets through; the others get a row that says why not."""
+    chosen = []
+    for at, key in enumerate(keys):
+        reason = _refusal(name, key, results, gates, known)
+        if reason:
+            results[name][key] = Scored(None, SKIPPED, reason)
+        else:
+            chosen.append(at)
+    return chosen
+
+
+def _refusal(
+    name: str, key: str, results: Mapping[str, Mapping[str, Scored]], gates: Mapping[str, Gate], known: Known
+) -> str:
+    if name not in gates:
+        return ""
+    scores = {
+        metric: results[metric][key].raw if metric in results else known[metric].get(key)
+        for metric in gates[name].metrics
+    }
+    return gates[name].refusal(scores)
+
+
+def _skip_unread(
+    rows: Sequence[Row], results: dict[str, dict[str, Scored]], gates: Mapping[str, Gate], known: Known
+) -> list[Row]:
+    """The rows that some metric wants; where earlier scores settle that none does, nothing is read or decoded."""
+    if any(name not in gates or not known.keys() >= set(gates[name].metrics) for name in results):
+        return list(rows)
+    wanted = []
+    for row in rows:
+        reasons = {name: _refusal(name, row["key"], {}, gates, known) for name in results}
+        if all(reasons.values()):
+            for name, reason in reasons.items():
+                results[name][row["key"]] = Scored(None, SKIPPED, reason)
+        else:
+            wanted.append(row)
+    return wanted
 
 
 def read_samples(corpus: Corpus, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes]]:
@@ -93,51 +134,6 @@ def read_samples(corpus: Corpus, rows: Sequence[Row]) -> Iterator[tuple[Row, byt
                 raise VerificationError(f"{place} is not what was committed.", "Run jobs/verify.py.")
             yield row, data
         start = stop
-
-
-def score_batch(loaded: LoadedMetric, pictures: Sequence[Picture]) -> list[Scored]:
-    """Scores of pictures of one size. Whatever fails a batch is sought by halving; it fails its sample only.
-
-    Out of memory halves the batch as well; a single picture that does not fit fails alone.
-    """
-    if len(pictures) > 1 and not loaded.metric.batchable:
-        return [scored for picture in pictures for scored in score_batch(loaded, [picture])]
-    start = time.monotonic()
-    try:
-        values = _run(loaded, pictures)
-    except (*_PICTURE_ERRORS, MemoryError) as error:
-        if len(pictures) > 1:
-            half = len(pictures) // 2
-            return score_batch(loaded, pictures[:half]) + score_batch(loaded, pictures[half:])
-        return [_failure(error, time.monotonic() - start)]
-    seconds = (time.monotonic() - start) / len(pictures)
-    return [
-        Scored(value, seconds=seconds)
-        if math.isfinite(value)
-        else Scored(None, "failed_bad_score", "not_finite", seconds)
-        for value in values
-    ]
-
-
-def _run(loaded: LoadedMetric, pictures: Sequence[Picture]) -> list[float]:
-    """Raw scores of a batch, without gradients."""
-    stacked = torch.from_numpy(np.stack(pictures)).to(loaded.device)
-    batch = stacked.permute(0, 3, 1, 2).contiguous().float() / 255.0
-    with torch.inference_mode():
-        scores: Tensor = loaded.scorer(batch)
-    if scores.shape != (len(pictures),):
-        raise ValueError(f"{loaded.metric.name} returned {tuple(scores.shape)} for {len(pictures)} pictures")
-    return [float(value) for value in scores.float().cpu()]
-
-
-def _failure(error: BaseException, seconds: float) -> Scored:
-    text = str(error)
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
-    )
-    if out_of_memory:
-        return Scored(None, "failed_out_of_memory", "out_of_memory", seconds)
-    return Scored(None, "failed_metric", type(error).__name__, seconds)
 
 
 def _decoded(

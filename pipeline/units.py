@@ -66,6 +66,16 @@ class SchedulingConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """Run tasks in actors, which keep what they have loaded, ``SchedulingConfig.workers`` of them at most."""
+
+    min: int
+    """Actors that are started at once."""
+    idle_seconds: float
+    """An actor without a task for so long is ended."""
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[R]):
     """What became of a piece of work: a value, or an error with its kind."""
@@ -196,9 +206,11 @@ def schedule(
     total: int,
     description: str,
     scheduling: SchedulingConfig | None = None,
+    actors: ActorPool | None = None,
 ) -> Generator[tuple[T, Outcome[R]], None, None]:
     """Run ``work`` on each task and yield what became of it, in the order of completion. Commits nothing.
 
+    On Ray each task is one of Ray's, or with ``actors`` a call of an actor from a pool that grows and shrinks.
     After the first SIGTERM or Ctrl-C no task is handed out any more; running ones end within the grace.
     """
     config = scheduling or SchedulingConfig()
@@ -216,9 +228,22 @@ def schedule(
         ensure_ray(config.workers if config.workers > 1 else None)
         window = config.workers if config.workers > 1 else 0
         options = {"num_cpus": config.cpus, "num_gpus": config.gpus}
-        for task, outcome, error in run_on_ray(
-            tasks, patient, window=window, options=options, stop=stop.is_set, grace=config.grace
-        ):
+        if actors is None:
+            done = run_on_ray(tasks, patient, window=window, options=options, stop=stop.is_set, grace=config.grace)
+        else:
+            from pipeline.actors import run_on_actors
+
+            done = run_on_actors(
+                tasks,
+                patient,
+                least=actors.min,
+                most=window,
+                idle_seconds=actors.idle_seconds,
+                options=options,
+                stop=stop.is_set,
+                grace=config.grace,
+            )
+        for task, outcome, error in done:
             yield task, outcome if error is None else Outcome(error=_line(error), kind="transient")
             meter.advance()
 

@@ -4,19 +4,17 @@ pyiqa downloads a missing weight file while it builds a metric. Here that is an 
 checked copy: a thousand workers must not fetch from a public server in secret.
 """
 
-import hashlib
 import importlib
 import io
 import logging
 import os
 import sys
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +23,11 @@ from torch import Tensor, nn
 from iqpir.errors import UsageError
 from pipeline.metrics.niqe_model import Niqe, load_pristine_model
 from pipeline.metrics.small_pictures import Enlargement
+from pipeline.metrics.weights import Weights, without_network
 from pipeline.storage import Storage
 from pipeline.torchvision_ops import ensure_torchvision_operators
 
 LICENCE = "pyiqa: PolyForm-Noncommercial-1.0.0 and NTU S-Lab 1.0 (non-commercial); weights may add their own"
-SUMS = "SHA256SUMS"
-"""File of a weights mirror: a line ``<sha256>  <file name>`` for each weight file beside it."""
 NIQE_MODEL = Path(__file__).parent / "niqe_pristine.mat"
 DEFAULT_MIN_SIDE = 224
 """Side to which pictures are enlarged for pyiqa's networks, which see 224 pixels and more in training."""
@@ -99,7 +96,7 @@ def build(name: str, device: str | torch.device, weights_uri: str | None = None)
         name: pyiqa's name.
         device: where it runs.
         weights_uri: folder or URL with weight files and their ``SHA256SUMS``; files are copied from there
-            into pyiqa's cache. Without it only that cache is looked at.
+            into the caches where libraries look. Without it only those are looked at.
 
     Raises:
         UsageError: pyiqa, a package it needs or a weight file is missing (naming it and its place), or a
@@ -110,15 +107,15 @@ def build(name: str, device: str | torch.device, weights_uri: str | None = None)
     pyiqa = _pyiqa("pyiqa")
     if name == "niqe":
         return PyiqaScorer(Niqe(load_pristine_model(NIQE_MODEL)).to(device), torch.device(device))
-    mirror = Storage.open(weights_uri) if weights_uri else None
+    weights = Weights(name, Storage.open(weights_uri) if weights_uri else None)
     # What pyiqa prints here is that it downloads, which it does not.
-    with _without_network(name, mirror), redirect_stdout(io.StringIO()):
+    with without_network(weights, _pyiqa("pyiqa.utils.download_util")), redirect_stdout(io.StringIO()):
         try:
             metric = pyiqa.create_metric(name, device=torch.device(device))
         except ImportError as error:
             raise UsageError(f"Metric {name!r} needs a package that is missing: {error}.") from error
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(
+            raise weights.hub_error() or UsageError(
                 f"Metric {name!r} cannot be built: {' '.join(str(error).split())[:300]}.",
                 "Missing weights belong in the cache of Hugging Face (HF_HOME) or torch (TORCH_HOME).",
             ) from error
@@ -167,59 +164,3 @@ def _range(text: str) -> tuple[float, float] | None:
     except ValueError:
         return None
     return (low, high) if low < high else None
-
-
-@contextmanager
-def _without_network(name: str, mirror: Storage | None) -> Iterator[None]:
-    """Replace what pyiqa and CLIP download with by functions that look into the mirror, or refuse."""
-    download_util = _pyiqa("pyiqa.utils.download_util")
-
-    def fetch(url: str, target: str, *_: Any, **__: Any) -> None:
-        _copy_from_mirror(name, Path(target), mirror, url)
-
-    def refuse(request: Any, *_: Any, **__: Any) -> NoReturn:
-        url = str(getattr(request, "full_url", request))
-        raise UsageError(
-            f"Metric {name!r} needs {url.rsplit('/', 1)[-1]}, and weights are not downloaded while scoring.",
-            f"Fetch {url} into the cache of the library that asks for it.",
-        )
-
-    places: list[tuple[Any, str, Any]] = [
-        (download_util, "download_url_to_file", fetch),
-        (torch.hub, "download_url_to_file", fetch),
-        (urllib.request, "urlopen", refuse),
-    ]
-    with ExitStack() as stack:
-        for module, attribute, replacement in places:
-            stack.callback(setattr, module, attribute, getattr(module, attribute))
-            setattr(module, attribute, replacement)
-        yield
-
-
-def _copy_from_mirror(name: str, target: Path, mirror: Storage | None, url: str) -> None:
-    """Put one weight file at ``target``, whole and checked.
-
-    Raises:
-        UsageError: there is no mirror, or it has no such file, no sum of it, or another content.
-    """
-    if mirror is None:
-        raise UsageError(
-            f"Metric {name!r} needs the weight file {target.name}; weights are not downloaded while scoring.",
-            f"Put it at {target} (from {url}), or in a folder or bucket given as weights_uri.",
-        )
-    place = mirror.uri(target.name)
-    try:
-        lines = mirror.read(SUMS).decode().splitlines()
-        data = mirror.read(target.name)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"Metric {name!r} needs {place} and {mirror.uri(SUMS)}; one of them is not there.",
-            f"Put {target.name} (from {url}) there and add the output of sha256sum to {SUMS}.",
-        ) from error
-    sums = {parts[1].lstrip("*"): parts[0] for parts in (line.split() for line in lines) if len(parts) == 2}
-    if sums.get(target.name) != hashlib.sha256(data).hexdigest():
-        raise UsageError(f"{place} is not what {SUMS} says.", "Copy it again, or correct the sum.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(target)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,21 @@ from pipeline.fit_metric import FitMetricConfig, fit_metric
 from pipeline.metrics import Scorer, find_metrics, scorer_digest
 from pipeline.metrics.distortions import BASIC, KINDS, Picture, distort
 from pipeline.metrics.niqe_model import Niqe, fit_pristine_model, load_pristine_model
-from pipeline.metrics.pyiqa_adapter import NIQE_MODEL
+from pipeline.metrics.pyiqa_adapter import NIQE_MODEL, no_reference_metrics
 from pipeline.metrics.small_pictures import Enlarged, enlarge
+from pipeline.metrics.weights import Weights, without_network
+from pipeline.storage import Storage
+from pipeline.torchvision_ops import ensure_torchvision_operators
 from tests.pipeline.drawn_corpus import drawn_picture
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
 SEVERITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def torchvision_operators() -> None:
+    """pyiqa imports in any order of tests."""
+    ensure_torchvision_operators()
 
 
 def _tensor(pictures: list[Picture]) -> Tensor:
@@ -123,6 +133,47 @@ def test_a_mirror_gives_checked_weights(tmp_path: Path, monkeypatch: pytest.Monk
     pictures = _tensor([drawn_picture(0, 224)])
     with torch.inference_mode():
         torch.testing.assert_close(scorer(pictures), find_metrics(["niqe"])[0].scorer("cpu")(pictures))
+
+
+@pytest.mark.slow
+def test_a_mirror_serves_hugging_face_and_clip_too_and_what_is_nowhere_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the functions that timm and CLIP call; a build names repository and file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    import timm.models._hub as hub
+    from pyiqa.utils import download_util
+
+    mirror = tmp_path / "mirror"
+    files = {"timm/tiny.in1k/model.safetensors": b"weights", "RN50.pt": b"clip" * 5000}
+    for name, data in files.items():
+        (mirror / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror / name).write_bytes(data)
+    lines = [f"{hashlib.sha256(data).hexdigest()}  ./{name}" for name, data in files.items()]
+    (mirror / "SHA256SUMS").write_text("\n".join(lines))
+    weights = Weights("topiq_nr", Storage.open(str(mirror)))
+    with without_network(weights, download_util):
+        found = Path(hub.hf_hub_download("timm/tiny.in1k", "model.safetensors"))
+        with urllib.request.urlopen("https://example.org/x/RN50.pt") as answer:
+            assert answer.info().get("Content-Length") == "20000" and answer.read(4) == b"clip"
+        with pytest.raises(OSError, match="Hub"):
+            hub.hf_hub_download("timm/tiny.in1k", "absent.bin")
+    assert found.read_bytes() == b"weights" and tmp_path / "hub" in found.parents
+    assert weights.missing == ["timm/tiny.in1k/absent.bin"]
+    with pytest.raises(UsageError, match=r"model\.safetensors of the Hugging Face repository timm/resnet50"):
+        find_metrics(["topiq_nr-face"])[0].scorer("cpu")
+    with pytest.raises(UsageError, match=r"RN50\.pt.*hub/clip/RN50\.pt"):
+        find_metrics(["clipiqa"])[0].scorer("cpu")
+
+
+@pytest.mark.slow
+def test_each_no_reference_metric_of_pyiqa_has_a_name_and_facts() -> None:
+    names = sorted(no_reference_metrics())
+    assert len(names) >= 65
+    metrics = find_metrics(names)
+    assert [metric.name for metric in metrics] == names
+    assert all(metric.licence and metric.version.startswith("pyiqa") for metric in metrics)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from iqpir.errors import UsageError
 from pipeline.feed import FeedConfig
 from pipeline.launch import Workers
 from pipeline.preflight import PreflightConfig, preflight
-from pipeline.preflight_checks import check_cluster, check_network, check_versions
+from pipeline.preflight_checks import check_cluster, check_metrics, check_network, check_versions
+from pipeline.torchvision_ops import ensure_torchvision_operators
 
 
 def config(tmp_path: Path, **changed: Any) -> PreflightConfig:
@@ -39,6 +40,15 @@ def test_a_sound_place_passes_and_keeps_nothing_of_the_probes(labelled_corpus: A
     assert not list((tmp_path / "runs").rglob("*.*"))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert MlflowClient(uri, uri).search_registered_models() == []
+
+
+@pytest.mark.slow
+def test_a_metric_without_weights_is_named_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure_torchvision_operators()
+    assert check_metrics(["rank"], "").startswith("rank (")
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"brisque_svm_weights\.pth"):
+        check_metrics(["rank", "brisque"], "")
 
 
 def test_every_check_runs_and_each_failure_is_named(labelled_corpus: Any, tmp_path: Path) -> None:

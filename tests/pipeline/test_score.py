@@ -19,8 +19,10 @@ from pipeline.corpus import Corpus
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, score
-from pipeline.scoring import LoadedMetric, Picture, score_batch, score_samples
+from pipeline.score_batches import LoadedMetric, score_batch
+from pipeline.scoring import Scoring, score_samples
 from pipeline.shard import ShardConfig, shard
+from pipeline.tiling import Picture
 from pipeline.units import SchedulingConfig
 from pipeline.verify import VerifyConfig, verify
 from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
@@ -41,6 +43,10 @@ def _scores(corpus: Corpus, metric: str) -> pa.Table:
 def _loaded(scorer: Callable[[Tensor], Tensor], batchable: bool = True) -> LoadedMetric:
     metric = dataclasses.replace(find_metrics(["rank"])[0], batchable=batchable)
     return LoadedMetric(metric, scorer, "cpu")
+
+
+def _how(batch_pixels: int = 1 << 20) -> Scoring:
+    return Scoring(pixels=PixelPolicy(), batch_pixels=batch_pixels)
 
 
 def test_each_sample_has_one_row_and_better_pictures_score_higher(corpus: Corpus) -> None:
@@ -165,7 +171,7 @@ def test_batches_hold_equal_sizes_and_bounded_pixels(tmp_path: Path) -> None:
         return pictures.mean((1, 2, 3))
 
     rows = corpus.samples().to_pylist()
-    found = score_samples(corpus, rows, [_loaded(watching)], PixelPolicy(), batch_pixels=5 * 48 * 48)
+    found = score_samples(corpus, rows, [_loaded(watching)], _how(5 * 48 * 48))
     assert len(found["rank"]) == 12
     assert max(shape[0] for shape in shapes) == 5
     assert len(shapes) == 3
@@ -179,7 +185,7 @@ def test_changed_bytes_in_a_shard_are_never_scored(tmp_path: Path) -> None:
     data[row["byte_offset"] + 40] ^= 1
     file.write_bytes(data)
     with pytest.raises(VerificationError):
-        score_samples(corpus, [row], [_loaded(lambda x: x.mean((1, 2, 3)))], PixelPolicy(), 1 << 20)
+        score_samples(corpus, [row], [_loaded(lambda x: x.mean((1, 2, 3)))], _how())
 
 
 @pytest.mark.slow
