@@ -102,6 +102,9 @@ class Restorer:
         facts = _read_config(directory)
         network = build(NetworkConfig.from_dict(facts["network"]))
         _load_weights(network, directory / WEIGHTS_FILE)
+        if torch.device(device).type == "cpu":
+            # A quarter faster there. Not what comes before the codes: its rounding can choose another code.
+            network.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         metadata = facts.get("metadata", {})
         return cls(network, device, metadata=metadata, policy=policy, overlap=overlap, batch_size=batch_size)
 

@@ -22,9 +22,9 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from iqpir.errors import IncompleteError, IqpirError, UsageError
 
 JOBS = (
-    *("demo", "preflight", "shard", "score", "label", "curate", "report", "degrade", "encode", "export"),
+    *("demo", "preflight", "shard", "score", "label", "dedup", "curate", "report", "degrade", "encode", "export"),
     *("stage1", "stage2", "stage3", "evaluate", "register", "promote", "restore"),
-    *("verify", "gc", "status", "fit_metric"),
+    *("verify", "gc", "status", "fit_metric", "ablation", "bench"),
 )
 """Names of the jobs, hence of a recipe's sections."""
 SHARED = "all"
@@ -93,7 +93,7 @@ def parse(config_type: type[C], argv: Sequence[str], job: str, description: str 
     parser = _parser(config_type, job, description)
     known = _keys(parser)
     try:
-        values = parser.instantiate_classes(parser.parse_args(_arguments(argv, known, job)))
+        values = parser.instantiate(parser.parse_args(_arguments(_named(argv, config_type), known, job)))
     except (ArgumentError, TypeError, ValueError) as error:
         raise _usage(error, known, job) from error
     return _built(config_type, values)
@@ -107,7 +107,7 @@ def from_dict(config_type: type[C], values: Mapping[str, Any]) -> C:
     """
     parser = _parser(config_type, config_type.__name__, "")
     try:
-        built = parser.instantiate_classes(parser.parse_object(json.loads(json.dumps(values))))
+        built = parser.instantiate(parser.parse_object(json.loads(json.dumps(values))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise _usage(error, _keys(parser), config_type.__name__) from error
     return _built(config_type, built)
@@ -139,6 +139,12 @@ def _keys(parser: ArgumentParser) -> dict[str, bool]:
 
 def _walk(namespace: Namespace) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in namespace.items() if key not in ("config", "print_config")]
+
+
+def _named(argv: Sequence[str], config_type: type[Any]) -> list[str]:
+    """A first argument without dashes is the value of the field that the class names as ``POSITIONAL``."""
+    field = getattr(config_type, "POSITIONAL", "")
+    return [f"--{field}", *argv] if field and argv and not argv[0].startswith("-") else list(argv)
 
 
 def _arguments(argv: Sequence[str], known: dict[str, bool], job: str) -> list[str]:
