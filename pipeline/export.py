@@ -5,7 +5,7 @@ unfinished. The same command again finishes it, or finds it done.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,8 +14,10 @@ from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
 from pipeline.beton import Mode, Picture
 from pipeline.corpus import Corpus
+from pipeline.export_balance import deal
 from pipeline.export_beton import BetonRequest, export_beton
-from pipeline.export_files import export_files, export_tars
+from pipeline.export_files import RECORD, export_files, export_tars
+from pipeline.export_indexes import Index, write_indexes
 from pipeline.feed import Fit, fit_picture
 from pipeline.storage import Storage
 from pipeline.view import View, read_view
@@ -44,7 +46,13 @@ class ExportConfig:
     jpeg_quality: int = 95
     """ffcv with mode jpg: JPEG quality, 1 to 100."""
     shard_bytes: int = 512 * 2**20
-    """tar: bytes of pictures after which the next tar begins."""
+    """tar: bytes of pictures after which the next tar begins; with ``balance`` about the size of each."""
+    balance: bool = False
+    """tar: deal the samples so that every tar has the view's distribution of quality, and as many samples and bytes
+    as the others; else the view's order is kept."""
+    indexes: list[Index] = field(default_factory=list)
+    """tar: indexes for other loaders, made from the tars, for a finished export too: ``dali`` (one .idx a tar),
+    ``wids`` (wids.json)."""
     workers: int = 0
     """ffcv: processes that decode; 0: one a CPU."""
     stall_s: float = 300.0
@@ -61,6 +69,8 @@ class ExportConfig:
             raise UsageError("A .beton needs pictures of one size.", "Give --size, the network's image_size.")
         if self.format != "ffcv" and self.mode == "jpg":
             raise UsageError(f"mode jpg is for ffcv, not for {self.format}.")
+        if self.format != "tar" and (self.balance or self.indexes):
+            raise UsageError(f"balance and indexes are for tar, not for {self.format}.")
         if self.size < 0 or self.shard_bytes < 1 or self.workers < 0 or self.stall_s <= 0:
             raise UsageError("size and workers must not be negative, shard_bytes and stall_s positive.")
         if not 1 <= self.jpeg_quality <= 100:
@@ -81,6 +91,8 @@ class ExportResult:
     """Of the .beton, or of the record that lists every file with its own."""
     written: bool
     """False: an earlier run had finished it."""
+    indexes: list[str] = field(default_factory=list)
+    """Addresses of the indexes that were asked for."""
 
 
 def export(config: ExportConfig) -> ExportResult:
@@ -125,7 +137,7 @@ def _export_beton(config: ExportConfig, corpus: Corpus, view: View, rows: pa.Tab
 
 
 def _export_folder(config: ExportConfig, corpus: Corpus, view: View, rows: pa.Table) -> ExportResult:
-    identity = {
+    identity: dict[str, Any] = {
         "format": config.format,
         "view": view.reference,
         "view_digest": view.digest,
@@ -135,13 +147,20 @@ def _export_folder(config: ExportConfig, corpus: Corpus, view: View, rows: pa.Ta
         "pixels": config.pixels.digest(),
         "shard_bytes": config.shard_bytes,
     }
+    shares: list[int] = []
+    if config.balance:
+        identity["balance"] = True
+        rows, shares = deal(rows, config.shard_bytes)
 
     def fitted(picture: Picture) -> Picture:
         return fit_picture(picture, config.size, config.fit)
 
     target = Storage.open(config.output)
-    exporter = export_tars if config.format == "tar" else export_files
-    done = exporter(corpus, rows, target, identity, config.pixels, fitted if config.size else None, config.cache)
+    wanted = fitted if config.size else None
+    if config.format == "tar":
+        done = export_tars(corpus, rows, target, identity, config.pixels, wanted, config.cache, shares)
+    else:
+        done = export_files(corpus, rows, target, identity, config.pixels, wanted, config.cache)
     return ExportResult(
         output=target.url,
         format=config.format,
@@ -151,6 +170,7 @@ def _export_folder(config: ExportConfig, corpus: Corpus, view: View, rows: pa.Ta
         bytes=done.bytes,
         sha256=done.sha256,
         written=done.written,
+        indexes=write_indexes(target, RECORD, config.indexes),
     )
 
 

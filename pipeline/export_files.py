@@ -6,7 +6,7 @@ its sha256.
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def export_tars(
     pixels: PixelPolicy,
     fit: Fit | None,
     cache: str = "",
+    shares: Sequence[int] = (),
 ) -> Exported:
     """``<view>-000000.tar``...: ``<key>.<ext>`` and ``<key>.json`` (the labels), in the view's order.
 
@@ -71,6 +72,7 @@ def export_tars(
         pixels: how bytes become pixels, where they do.
         fit: what is done to each picture, stored as PNG; None: the original bytes.
         cache: folder for whole shards of a remote corpus.
+        shares: how many rows each tar takes; empty: as many as ``shard_bytes`` lets in.
 
     Raises:
         UsageError: the folder holds another export.
@@ -84,7 +86,9 @@ def export_tars(
             for number, first in enumerate(members):
                 file = Path(folder) / f"{stem}-{number:06d}.tar"
                 tar = TarWriter(file)
-                names = _fill(tar, itertools.chain([first], members), int(identity["shard_bytes"]))
+                left = itertools.chain([first], members)
+                limit = None if shares else int(identity["shard_bytes"])
+                names = _fill(tar, itertools.islice(left, shares[number]) if shares else left, limit)
                 yield publish_file(target, file, tar.sha256, file.name), [(file.name, name) for name in names]
                 file.unlink()
 
@@ -186,8 +190,8 @@ def _members(corpus: Corpus, rows: pa.Table, pixels: PixelPolicy, fit: Fit | Non
             yield Member(row, f"{row['key']}.png", encode_png(fit(picture)))
 
 
-def _fill(tar: TarWriter, members: Iterator[Member], limit: int) -> list[str]:
-    """Take members until they have ``limit`` bytes together or end; the names of their pictures."""
+def _fill(tar: TarWriter, members: Iterator[Member], limit: int | None) -> list[str]:
+    """Take members until they have ``limit`` bytes together, if there is one, or end; their pictures' names."""
     names: list[str] = []
     size = 0
     with tar:
@@ -196,7 +200,7 @@ def _fill(tar: TarWriter, members: Iterator[Member], limit: int) -> list[str]:
             tar.add(f"{member.row['key']}.json", _label_json(member.row))
             names.append(member.name)
             size += len(member.data)
-            if size >= limit:
+            if limit is not None and size >= limit:
                 break
     return names
 

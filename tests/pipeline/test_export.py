@@ -1,5 +1,6 @@
 """An export holds the view's samples, says so in a record written last, and never hangs."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -20,6 +22,7 @@ from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
 from pipeline.beton import BetonPlan, page_size_for, write_beton
 from pipeline.export import ExportConfig, export
+from pipeline.export_balance import deal
 from pipeline.layout import sha256_hex
 
 
@@ -307,3 +310,98 @@ def test_ffcv_itself_reads_what_was_exported(labelled_corpus: Any, tmp_path: Pat
             assert member is not None
             original = np.asarray(Image.open(io.BytesIO(member.read())).convert("RGB"))
         assert np.array_equal(picture, original)
+
+
+def dealt(qualities: Any, sizes: Any, limit: int) -> list[dict[str, np.ndarray]]:
+    """The tars that ``deal`` makes: quality and byte_size of their rows."""
+    table = pa.table({"quality": pa.array(qualities, pa.float32()), "byte_size": pa.array(sizes, pa.int64())})
+    rows, shares = deal(table.append_column("place", pa.array(range(len(sizes)))), limit)
+    assert sorted(rows["place"].to_pylist()) == list(range(len(sizes)))
+    ends = np.cumsum(shares)
+    parts = [rows.slice(end - share, share) for share, end in zip(shares, ends, strict=True)]
+    assert all(part["place"].to_pylist() == sorted(part["place"].to_pylist()) for part in parts)
+    return [{name: part[name].to_numpy() for name in ("quality", "byte_size")} for part in parts]
+
+
+def test_balanced_tars_have_the_views_qualities_numbers_and_bytes(rng: np.random.Generator) -> None:
+    quality = rng.beta(4, 2, 4000)
+    # The better a picture the larger its file, as it is with JPEG: in the order of quality the tars would differ.
+    sizes = (rng.lognormal(11, 0.6, 4000) * (0.5 + quality)).astype(int)
+    tars = dealt(quality, sizes, int(sizes.sum() / 20) + 1)
+    assert len(tars) == 20
+    counts, sums = np.array([[len(tar["quality"]), tar["byte_size"].sum()] for tar in tars]).T
+    assert counts.max() - counts.min() <= 1
+    assert sums.max() / sums.min() < 1.03
+    wanted = np.quantile(quality, np.linspace(0.05, 0.95, 10))
+    for tar in tars:
+        assert np.abs(np.quantile(tar["quality"], np.linspace(0.05, 0.95, 10)) - wanted).max() < 0.02
+
+
+@pytest.mark.parametrize(("count", "limit", "tars"), [(1, 10, 1), (3, 10**9, 1), (3, 1, 3), (7, 35, 2)])
+def test_any_number_of_samples_can_be_dealt(count: int, limit: int, tars: int) -> None:
+    assert len(dealt(np.linspace(0, 1, count), [10] * count, limit)) == tars
+
+
+def test_a_balanced_export_has_all_samples_once_and_its_labels_say_where(made: Any, tmp_path: Path) -> None:
+    sizes = made.view.table["byte_size"].to_numpy()
+    config = ExportConfig(
+        corpus=made.url, view="small", format="tar", split="all", balance=True,
+        shard_bytes=int(sizes.sum() / 3) + 1, output=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert export(config).written
+    assert not export(config).written
+    labels = pq.read_table(tmp_path / "out" / "labels.parquet").to_pylist()
+    tars = sorted((tmp_path / "out").glob("*.tar"))
+    assert len(tars) == 3
+    found = [
+        (path.name, sample["__key__"])
+        for path in tars
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    assert found == [(label["file"], label["key"]) for label in labels]
+    assert {key for _, key in found} == set(made.view.table["key"].to_pylist())
+    medians = [np.median([label["quality"] for label in labels if label["file"] == path.name]) for path in tars]
+    everything = made.view.table["quality"].to_numpy()
+    assert np.abs(np.array(medians) - np.median(everything)).max() < np.std(everything)
+    with pytest.raises(UsageError, match="balance"):
+        export(dataclasses.replace(config, format="files"))
+
+
+def test_indexes_are_made_for_a_finished_export_and_point_at_the_members(made: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = ExportConfig(corpus=made.url, view="small", format="tar", split="all", shard_bytes=12_000, output=str(out))
+    export(config)
+    before = files_below(out)
+    result = export(dataclasses.replace(config, indexes=["dali", "wids"]))
+    assert not result.written
+    assert {name: data for name, data in files_below(out).items() if name in before} == before
+    tars = sorted(out.glob("*.tar"))
+    assert sorted(Path(path).name for path in result.indexes) == sorted(
+        ["wids.json", *(path.with_suffix(".idx").name for path in tars)]
+    )
+    index = json.loads((out / "wids.json").read_text())
+    assert index["wids_version"] == 1
+    for path, shard in zip(tars, index["shardlist"], strict=True):
+        samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+        assert shard == {"url": path.name, "nsamples": len(samples), "filesize": path.stat().st_size}
+        header, *lines = path.with_suffix(".idx").read_text().splitlines()
+        assert header == f"v1.2 {len(samples)}"
+        data = path.read_bytes()
+        for line, sample in zip(lines, samples, strict=True):
+            words = line.split(" ")
+            for extension, offset, size, name in zip(*(words[start::4] for start in range(4)), strict=True):
+                assert name == f"{sample['__key__']}.{extension}"
+                assert data[int(offset) : int(offset) + int(size)] == sample[extension]
+            assert {words[0], words[4]} == {"png", "json"}
+
+
+def test_a_cut_tar_gets_no_index(made: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = ExportConfig(corpus=made.url, view="small", format="tar", output=str(out), indexes=["dali"])
+    export(config)
+    tar = next(out.glob("*.tar"))
+    data = tar.read_bytes()
+    tar.chmod(0o644)
+    tar.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    with pytest.raises(VerificationError, match=r"tar"):
+        export(config)
