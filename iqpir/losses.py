@@ -84,6 +84,11 @@ def quality_loss(quality: Tensor, wanted: Tensor | None = None) -> Tensor:
     return functional.l1_loss(quality, wanted)
 
 
+def anchor_loss(restored: Tensor, wanted: Tensor) -> Tensor:
+    """How far dialled pictures are from what they show: mean absolute difference plus 1 - SSIM."""
+    return pixel_loss(restored, wanted) + ms_ssim_loss(restored, wanted, scales=1)
+
+
 def ms_ssim_loss(restored: Tensor, wanted: Tensor, scales: int = 5) -> Tensor:
     """1 - multi-scale structural similarity: a perceptual loss without a network.
 

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.commits.manifest import Manifest, ManifestUnit, differs, read_manifest
 from pipeline.documents import in_threads, publish_table
 from pipeline.layout import SAMPLES, SCORES, ObjectRef, from_parquet, sha256_hex, to_parquet
-from pipeline.manifest import Manifest, ManifestUnit, differs, read_manifest
 from pipeline.storage import Storage
 
 __all__ = ["SAMPLES", "SCORES", "Corpus", "Manifest", "ManifestUnit", "ObjectRef", "to_parquet"]

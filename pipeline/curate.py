@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from iqpir.errors import UsageError
 from pipeline.corpus import Corpus
 from pipeline.dedup import read_dedup
-from pipeline.dedup_clusters import Forest
+from pipeline.duplicates.clusters import Forest
 from pipeline.label import read_label_index, read_labels
 from pipeline.layout import SAMPLE_REFERENCE, to_json, to_parquet, view_path
 from pipeline.view import view_digest

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
+from pipeline.commits.manifest import ManifestUnit
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
-from pipeline.dedup_clusters import Rows
-from pipeline.dedup_hashes import hash_corpus
-from pipeline.dedup_samples import Keys, LikenessPolicy, join_samples, loaded_hashes
 from pipeline.documents import in_threads, write_document
+from pipeline.duplicates.clusters import Rows
+from pipeline.duplicates.hashes import hash_corpus
+from pipeline.duplicates.samples import Keys, LikenessPolicy, join_samples, loaded_hashes
 from pipeline.label import NAME, read_label_index, read_labels
 from pipeline.layout import DEDUP, ObjectRef, dedup_index_path, dedup_path
-from pipeline.manifest import ManifestUnit
-from pipeline.score_tables import read_table
-from pipeline.units import SchedulingConfig
+from pipeline.scoring.tables import read_table
 
 log = logging.getLogger(__name__)
 

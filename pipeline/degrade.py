@@ -24,9 +24,9 @@ from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode, encode_png
 from pipeline.corpus import Corpus, to_parquet
-from pipeline.feed import FeedConfig, Fit, Samples, fit_picture
 from pipeline.progress import progress
 from pipeline.storage import Storage
+from pipeline.training.feed import FeedConfig, Fit, Samples, fit_picture
 from pipeline.view import View, read_view
 
 PARAMETERS = "parameters.parquet"

@@ -30,7 +30,7 @@ from pipeline.shard import ShardConfig, shard
 from pipeline.stage1 import Stage1Training, train_stage1
 from pipeline.stage2 import Stage2Training, train_stage2
 from pipeline.storage import Storage
-from pipeline.tracking import reachable, tracking_location
+from pipeline.tracking.runs import reachable, tracking_location
 from pipeline.verify import VerifyConfig, verify
 
 log = logging.getLogger(__name__)

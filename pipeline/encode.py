@@ -19,15 +19,15 @@ from iqpir.errors import IncompleteError, UsageError, VerificationError
 from iqpir.networks.restoration_network import RestorationNetwork, build
 from iqpir.pixels import PictureError, PixelPolicy, decode
 from iqpir.training import checkpoint
-from pipeline.checkpoints import fetch_checkpoint
+from pipeline.commits.manifest import ManifestUnit
+from pipeline.commits.records import finished
+from pipeline.commits.units import SchedulingConfig, run_units
 from pipeline.corpus import Corpus
 from pipeline.documents import publish_table
-from pipeline.feed import Fit, Picture, fit_picture, pictures_to_tensor
 from pipeline.layout import codes_path, from_parquet, sha256_hex
-from pipeline.manifest import ManifestUnit
-from pipeline.records import finished
 from pipeline.storage import Storage
-from pipeline.units import SchedulingConfig, run_units
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.feed import Fit, Picture, fit_picture, pictures_to_tensor
 
 STEP = "encode"
 CODES = pa.schema([("key", pa.string()), ("status", pa.string()), ("codes", pa.binary())])

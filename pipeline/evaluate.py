@@ -7,15 +7,12 @@ models that are evaluated with the same digest saw the same pictures.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from iqpir.config import digest
 from iqpir.degradation.parameters import (
@@ -27,17 +24,19 @@ from iqpir.degradation.parameters import (
 from iqpir.degradation.reference import degrade
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import PixelPolicy, decode, encode_png
-from iqpir.quality_prior import Scorer
 from iqpir.restorer import Restorer
 from iqpir.training import checkpoint
-from pipeline.calibration import Calibration, read_calibration
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
-from pipeline.feed import Fit, Picture, fit_picture, pictures_to_tensor
-from pipeline.metrics import find_metrics
+from pipeline.judging.continuous import restored_without_codes
+from pipeline.judging.judge import Judge, Measured
 from pipeline.progress import progress
-from pipeline.shard_cache import ShardCache
+from pipeline.scoring.calibration import read_calibration
+from pipeline.scoring.drift import require_current_metrics
 from pipeline.storage import Storage
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.feed import Fit, Picture, fit_picture
+from pipeline.training.pairs import PairsConfig, find_pairs
+from pipeline.training.shard_cache import ShardCache
 from pipeline.view import View, read_view
 
 DIAL = tuple(round(0.05 + 0.1 * step, 2) for step in range(10))
@@ -63,6 +62,8 @@ class EvaluateConfig:
     """Metrics of the measured quality; those of the view's calibration by default."""
     degradation: str = ""
     """Preset of the degradation; the one of the checkpoint's training by default."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Degraded pictures that exist, in place of ``degradation``."""
     dial: tuple[float, ...] = DIAL
     """Requested qualities of the dial curve."""
     quality: float = 0.95
@@ -71,6 +72,8 @@ class EvaluateConfig:
     """At most so many pictures, the first by the hash in their key."""
     fit: Fit = "exact"
     """How a picture becomes the network's size; as in training."""
+    latents: Literal["codes", "continuous"] = "codes"
+    """``continuous`` decodes the conditioned latent itself, without codebooks: for comparison only."""
     seed: int = 2603
     """Of the degradations."""
     device: str = "cpu"
@@ -101,55 +104,10 @@ class EvaluateResult:
     checkpoint: str
     lineage: dict[str, str]
     output: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Mean figures of one set of pictures."""
-
-    quality: float
-    scores: Mapping[str, float]
-    """Calibrated, per metric, in [0,1]."""
-    psnr: float
-    ssim: float
-
-
-class Judge:
-    """Measures pictures: calibrated quality by the ensemble, PSNR and SSIM against HQ."""
-
-    def __init__(self, calibration: Calibration, metrics: list[str], device: str, hq: list[Picture]) -> None:
-        self.calibration, self.hq = calibration, hq
-        self.scorers = {metric.name: metric.scorer(device, None) for metric in find_metrics(metrics)}
-
-    def measure(self, pictures: list[Picture]) -> Measured:
-        """Means over the set; pictures are uint8 RGB HWC, in the order of the HQ ones."""
-        raw = {name: score_pictures(scorer, pictures) for name, scorer in self.scorers.items()}
-        calibrated = self.calibration.calibrate(raw)
-        quality = self.calibration.quality(raw)
-        pairs = list(zip(self.hq, pictures, strict=True))
-        return Measured(
-            float(quality.mean()),
-            {name: float(values.mean()) for name, values in calibrated.items()},
-            float(np.mean([_psnr(hq, picture) for hq, picture in pairs])),
-            float(np.mean([structural_similarity(hq, picture, channel_axis=2) for hq, picture in pairs])),
-        )
-
-
-def _psnr(hq: Picture, picture: Picture) -> float:
-    """In dB, at most 100 (identical pictures)."""
-    if np.array_equal(hq, picture):
-        return 100.0
-    return min(100.0, float(peak_signal_noise_ratio(hq, picture, data_range=255)))
-
-
-def score_pictures(scorer: Scorer, pictures: list[Picture], batch_size: int = 32) -> NDArray[np.float64]:
-    """Raw scores [N] of uint8 RGB HWC pictures of one size."""
-    scores = []
-    with torch.inference_mode():
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures_to_tensor(pictures[start : start + batch_size]).add_(1).div_(2)
-            scores.append(scorer(batch).double().cpu().numpy())
-    return np.concatenate(scores)
+    curve: dict[str, list[float]] = field(default_factory=dict)
+    """PSNR and SSIM at each setting of the dial."""
+    high_quality: dict[str, float] = field(default_factory=dict)
+    """Of the pictures above the HQ+ threshold: how many, and quality, PSNR and SSIM of the restored ones."""
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
@@ -166,11 +124,11 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     _require_same_calibration(found.metadata["lineage"], view)
     calibration = read_calibration(corpus, view.facts["calibration_name"])
     metrics = config.metrics or list(calibration.metrics)
-    degradation = _degradation(config, found)
     rows = sorted(view.split("val").to_pylist(), key=_by_key)[: config.samples]
+    degraded = _degraded(config, found, corpus, [row["key"] for row in rows])
     identity = {
         "pictures": [row["sha256"] for row in rows],
-        "degradation": degradation.to_dict(),
+        "degradation": degraded.identity,
         "seed": config.seed,
         "fit": config.fit,
         "pixels": config.pixels.digest(),
@@ -180,18 +138,20 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         "dial": list(config.dial),
         "quality": config.quality,
     }
+    if config.latents != "codes":
+        identity["latents"] = config.latents
     output = Storage.open(config.output or f"{_run_of(config.checkpoint)}/evaluation")
     weights = str(found.metadata["weights_digest"])
     earlier = _earlier(output, digest(identity, 32), weights)
     if earlier is not None:
         return earlier
     hq = _pictures(corpus, rows, found.network_config.image_size, config)
-    lq = [
-        degrade(picture, parameters_for_key(degradation, config.seed, row["key"]))
-        for picture, row in zip(hq, rows, strict=True)
-    ]
+    lq = [degraded.picture(number, row["key"], hq[number]) for number, row in enumerate(rows)]
     judge = Judge(calibration, metrics, config.device, hq)
+    require_current_metrics(corpus, calibration, judge.scorers)
     restorer = Restorer.load(directory, device=config.device)
+    if config.latents == "continuous":
+        restorer = restored_without_codes(restorer)
     settings = sorted({*config.dial, config.quality})
     restored: dict[float, list[Picture]] = {}
     measured: dict[float, Measured] = {}
@@ -204,7 +164,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             restored[setting] = list(restorer.restore_batch(lq, quality=setting))
             measured[setting] = judge.measure(restored[setting])
             meter.advance(note=f"dial {setting}")
-    result = _result(config, bases, measured, digest(identity, 32), found, len(rows), output.url)
+    result = _result(config, bases, measured, digest(identity, 32), found, _above_threshold(rows, view), output.url)
     _write(output, result, weights, rows, lq, hq, [restored[setting] for setting in _shown(settings)])
     return result
 
@@ -222,10 +182,35 @@ def _require_same_calibration(lineage: Mapping[str, str], view: View) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Degraded:
+    """Where degraded pictures come from: pairs, or a degradation that is a function of the seed and the key."""
+
+    identity: dict[str, Any]
+    picture: Callable[[int, str, Picture], Picture]
+    """(number, key, good picture) -> degraded picture of the same size."""
+
+
+def _degraded(config: EvaluateConfig, found: checkpoint.Checkpoint, corpus: Corpus, keys: list[str]) -> Degraded:
+    size = found.network_config.image_size
+    if config.pairs.lq:
+        pairs = find_pairs(config.pairs, corpus, keys, config.pixels)
+        return Degraded(
+            {"pairs": pairs.digest}, lambda number, key, hq: fit_picture(pairs.lq(number), size, config.fit)
+        )
+    degradation = _degradation(config, found)
+    return Degraded(
+        degradation.to_dict(),
+        lambda number, key, hq: degrade(hq, parameters_for_key(degradation, config.seed, key)),
+    )
+
+
 def _degradation(config: EvaluateConfig, found: checkpoint.Checkpoint) -> DegradationConfig:
     name = config.degradation or found.metadata["lineage"].get("degradation", "")
     if not name:
-        raise UsageError(f"The checkpoint {config.checkpoint} names no degradation.", "Give one with --degradation.")
+        raise UsageError(
+            f"The checkpoint {config.checkpoint} names no degradation.", "Give --degradation or --pairs.lq."
+        )
     return scaled(degradation_preset(name), found.network_config.image_size)
 
 
@@ -253,7 +238,7 @@ def _result(
     measured: Mapping[float, Measured],
     identity: str,
     found: checkpoint.Checkpoint,
-    samples: int,
+    good: list[bool],
     output: str,
 ) -> EvaluateResult:
     best = measured[config.quality]
@@ -277,11 +262,21 @@ def _result(
             }
             for name in best.scores
         },
-        samples=samples,
+        samples=len(good),
         checkpoint=config.checkpoint,
         lineage=dict(found.metadata["lineage"]),
         output=output,
+        curve={
+            "psnr": [measured[setting].psnr for setting in config.dial],
+            "ssim": [measured[setting].ssim for setting in config.dial],
+        },
+        high_quality={"samples": float(sum(good)), **best.means(good)} if any(good) else {},
     )
+
+
+def _above_threshold(rows: list[dict[str, Any]], view: View) -> list[bool]:
+    """Which pictures have a quality above the HQ+ threshold of the view's labels."""
+    return [row["quality"] > view.facts["hq_threshold"] for row in rows]
 
 
 def _earlier(output: Storage, identity: str, weights: str) -> EvaluateResult | None:

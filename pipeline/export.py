@@ -12,14 +12,14 @@ import pyarrow.compute as pc
 
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
-from pipeline.beton import Mode, Picture
 from pipeline.corpus import Corpus
-from pipeline.export_balance import deal
-from pipeline.export_beton import BetonRequest, export_beton
-from pipeline.export_files import RECORD, export_files, export_tars
-from pipeline.export_indexes import Index, write_indexes
-from pipeline.feed import Fit, fit_picture
+from pipeline.exports.balance import deal
+from pipeline.exports.beton import Mode, Picture
+from pipeline.exports.export_beton import BetonRequest, export_beton
+from pipeline.exports.files import RECORD, export_files, export_tars
+from pipeline.exports.indexes import Index, write_indexes
 from pipeline.storage import Storage
+from pipeline.training.feed import Fit, fit_picture
 from pipeline.view import View, read_view
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iqpir.errors import UsageError
+from pipeline.commits.references import orphans, read_documents, references
 from pipeline.layout import PROBE_PREFIX
-from pipeline.references import orphans, read_documents, references
 from pipeline.storage import Entry, Storage
 
 

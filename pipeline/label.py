@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from iqpir.config import digest
 from iqpir.errors import UsageError
-from pipeline.calibration import (
+from pipeline.corpus import Corpus
+from pipeline.documents import in_threads, write_document
+from pipeline.layout import ObjectRef, label_schema, labels_index_path, labels_path
+from pipeline.scoring.calibration import (
     BELOW_ONE,
     Calibration,
     Kind,
@@ -21,12 +24,9 @@ from pipeline.calibration import (
     read_calibration,
     write_calibration,
 )
-from pipeline.cascade import SKIPPED
-from pipeline.corpus import Corpus
-from pipeline.documents import in_threads, write_document
-from pipeline.drift import DriftPolicy, DriftResult, check_drift
-from pipeline.layout import ObjectRef, label_schema, labels_index_path, labels_path
-from pipeline.score_tables import UnitScores, read_metric_facts, read_scores, read_table
+from pipeline.scoring.cascade import SKIPPED
+from pipeline.scoring.drift import DriftPolicy, DriftResult, check_drift
+from pipeline.scoring.tables import UnitScores, read_metric_facts, read_scores, read_table
 
 log = logging.getLogger(__name__)
 

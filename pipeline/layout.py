@@ -130,7 +130,7 @@ HASHES = pa.schema(
         ("thumbnail", pa.binary(192)),
     ]
 )
-"""What near-duplicates are known by (``pipeline.dedup_hashes``); null where the status is no success."""
+"""What near-duplicates are known by (``pipeline.duplicates.hashes``); null where the status is no success."""
 
 DEDUP = pa.schema(
     [

@@ -11,8 +11,6 @@ from typing import Any
 from iqpir.config import preset
 from iqpir.errors import IqpirError
 from pipeline.command import workspace
-from pipeline.feed import FeedConfig
-from pipeline.launch import Launcher, Workers
 from pipeline.preflight_checks import (
     check_cluster,
     check_corpus,
@@ -25,6 +23,8 @@ from pipeline.preflight_checks import (
     check_tracking,
     check_versions,
 )
+from pipeline.training.feed import FeedConfig
+from pipeline.training.launch import Launcher, Workers
 
 log = logging.getLogger(__name__)
 

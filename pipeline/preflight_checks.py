@@ -20,11 +20,11 @@ from iqpir.networks.restoration_network import build
 from iqpir.pixels import PictureError, decode
 from pipeline.cluster import ensure_ray
 from pipeline.corpus import Corpus
-from pipeline.feed import FeedConfig, fit_picture
-from pipeline.launch import Workers
-from pipeline.score_unit import prove_metrics
+from pipeline.scoring.score_unit import prove_metrics
 from pipeline.storage import Storage
-from pipeline.tracking import reachable, tracking_location
+from pipeline.tracking.runs import reachable, tracking_location
+from pipeline.training.feed import FeedConfig, fit_picture
+from pipeline.training.launch import Workers
 from pipeline.view import read_view
 
 FLOORS = {

@@ -12,9 +12,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from iqpir.errors import UsageError, VerificationError
-from pipeline.gate import Figures, GateConfig, refusals
 from pipeline.register import CANDIDATE, SELF_CHECK
-from pipeline.tracking import reachable, tracking_location
+from pipeline.registry.gate import Figures, GateConfig, refusals
+from pipeline.tracking.runs import reachable, tracking_location
 
 CHAMPION, PREVIOUS = "champion", "previous"
 _LIMITS = tuple(field.name for field in dataclasses.fields(GateConfig))

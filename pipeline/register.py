@@ -22,11 +22,10 @@ from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 from iqpir.config import digest
 from iqpir.errors import UsageError, VerificationError
 from iqpir.training.checkpoint import file_sha256
-from pipeline.checkpoints import fetch_checkpoint
-from pipeline.gate import evaluation_tags
-from pipeline.package import CONFIG, MODEL_FILE, Package, build_package, save
-from pipeline.self_check import check_version
-from pipeline.tracking import (
+from pipeline.registry.gate import evaluation_tags
+from pipeline.registry.package import CONFIG, MODEL_FILE, Package, build_package, save
+from pipeline.registry.self_check import check_version
+from pipeline.tracking.runs import (
     RunHandle,
     end_run,
     find_run,
@@ -35,6 +34,7 @@ from pipeline.tracking import (
     tracking_location,
     wait_at_most,
 )
+from pipeline.training.checkpoints import fetch_checkpoint
 
 CANDIDATE = "candidate"
 IDENTITY, SELF_CHECK, MODEL_DIGEST = "identity", "self_check", "model_digest"
@@ -152,7 +152,7 @@ def _create_version(
         MODEL_DIGEST: package.model_digest,
         **{key: str(metadata[key]) for key in _FACTS if key in metadata},
         **{f"lineage.{key}": str(value) for key, value in metadata.get("lineage", {}).items()},
-        **_git_commit(),
+        **git_commit(),
     }
     run = _run(config, uri, identity)
     model = _logged_model(client, run, package, identity, tags, int(metadata.get("step", 0)))
@@ -216,7 +216,7 @@ def _checked(client: MlflowClient, version: ModelVersion, uri: str, package: Pac
     return difference
 
 
-def _git_commit() -> dict[str, str]:
+def git_commit() -> dict[str, str]:
     """The commit of this repository, if it is one (a submitted job's working directory is not)."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():

@@ -23,8 +23,8 @@ from iqpir.pixels import PixelPolicy, decode, encode_jpeg, encode_png
 from pipeline.corpus import Corpus
 from pipeline.documents import in_threads
 from pipeline.label import read_label_index, read_labels
-from pipeline.report_charts import histogram, quality_histogram, threshold_curve
-from pipeline.report_page import Evaluation, Page, Sheet, Thumb, render
+from pipeline.reports.charts import histogram, quality_histogram, threshold_curve
+from pipeline.reports.page import Evaluation, Page, Sheet, Thumb, render
 from pipeline.storage import Storage
 from pipeline.view import View, read_view
 

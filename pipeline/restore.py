@@ -19,12 +19,12 @@ from iqpir.faces import FaceDetector, Picture, restore_faces
 from iqpir.pixels import PictureError, decode, encode_png
 from iqpir.restorer import Restorer
 from iqpir.training.checkpoint import load
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.face_detector import FacesConfig, load_detector
 from pipeline.progress import progress
 from pipeline.sources.inputs import EXTENSIONS
 from pipeline.storage import Entry, Storage
-from pipeline.tracking import reachable, tracking_location, wait_at_most
+from pipeline.tracking.runs import reachable, tracking_location, wait_at_most
+from pipeline.training.checkpoints import fetch_checkpoint
 
 RECORD = "restored.jsonl"
 _REGISTRY = ("models:/", "runs:/")
@@ -168,7 +168,7 @@ def _pinned(config: RestoreConfig) -> RestoreConfig:
         return replace(config, model=str(fetch_checkpoint(config.model)))
     if "@" not in config.model:
         return config
-    from pipeline.registered import resolve
+    from pipeline.registry.registered import resolve
 
     version = resolve(config.model, _registry(config))
     return replace(config, model=f"models:/{version.name}/{version.version}")

@@ -14,15 +14,15 @@ from typing import Any
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
-from pipeline.cascade import Gate, in_order, parse_cascade
+from pipeline.commits.manifest import ManifestUnit
+from pipeline.commits.records import Finished, finished
+from pipeline.commits.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule
 from pipeline.corpus import Corpus
 from pipeline.documents import write_document
-from pipeline.manifest import ManifestUnit
-from pipeline.records import Finished, finished
-from pipeline.score_unit import ScorePlan, ScoreTask, UnitScorer, prove_metrics
-from pipeline.scoring import Scoring
-from pipeline.tiling import TilingPolicy
-from pipeline.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule
+from pipeline.scoring.cascade import Gate, in_order, parse_cascade
+from pipeline.scoring.passes import Scoring
+from pipeline.scoring.score_unit import ScorePlan, ScoreTask, UnitScorer, prove_metrics
+from pipeline.scoring.tiling import TilingPolicy
 
 log = logging.getLogger(__name__)
 

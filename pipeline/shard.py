@@ -12,18 +12,18 @@ from typing import Any
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
-from pipeline.crops import CropPolicy
-from pipeline.decoding import DecodeConfig
-from pipeline.picture_rules import RejectPolicy, ResizePolicy, TilePolicy
-from pipeline.plan import Generation, extend_plan, planned_containers, read_generations
-from pipeline.records import Finished, finished
-from pipeline.retry import passing_failures
-from pipeline.seal import COUNTS, seal
-from pipeline.shard_unit import ShardWork
+from pipeline.commits.plan import Generation, extend_plan, planned_containers, read_generations
+from pipeline.commits.records import Finished, finished
+from pipeline.commits.retry import passing_failures
+from pipeline.commits.seal import COUNTS, seal
+from pipeline.commits.units import SchedulingConfig, run_units
+from pipeline.sharding.crops import CropPolicy
+from pipeline.sharding.decoding import DecodeConfig
+from pipeline.sharding.picture_rules import RejectPolicy, ResizePolicy, TilePolicy
+from pipeline.sharding.shard_unit import ShardWork
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.sources.http import HttpConfig
 from pipeline.storage import Storage
-from pipeline.units import SchedulingConfig, run_units
 
 STEP = "shard"
 FORMAT_VERSION = 1

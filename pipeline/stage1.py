@@ -8,10 +8,10 @@ from iqpir.networks.restoration_network import build
 from iqpir.stages.stage1 import Stage1, Stage1Config
 from iqpir.training.distributed import Distributed
 from pipeline.corpus import Corpus
-from pipeline.perceptual import perceptual_term
-from pipeline.train import run_training
-from pipeline.train_worker import run_worker, training_feed
-from pipeline.training import Parts, Prepared, Training, TrainResult, lineage_of, network_config
+from pipeline.training.config import Parts, Prepared, Training, TrainResult, lineage_of, network_config
+from pipeline.training.driver import run_training
+from pipeline.training.perceptual import perceptual_term
+from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
 

@@ -10,15 +10,15 @@ from iqpir.networks.restoration_network import RestorationNetwork, build
 from iqpir.stages.stage2 import Stage2, Stage2Config
 from iqpir.training import checkpoint
 from iqpir.training.distributed import Distributed
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
-from pipeline.pairs import PairsConfig
-from pipeline.prior import build_prior, check_prior
 from pipeline.storage import Storage
-from pipeline.train import run_training
-from pipeline.train_worker import run_worker, training_feed
-from pipeline.training import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.config import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
+from pipeline.training.driver import run_training
+from pipeline.training.pairs import PairsConfig
+from pipeline.training.prior import build_prior, check_prior
+from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
 

@@ -10,16 +10,16 @@ from iqpir.networks.restoration_network import build
 from iqpir.stages.stage3 import Stage3, Stage3Config
 from iqpir.training import checkpoint
 from iqpir.training.distributed import Distributed
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
-from pipeline.pairs import PairsConfig
-from pipeline.perceptual import perceptual_term
 from pipeline.stage2 import degradation_for, require_same_calibration
 from pipeline.storage import Storage
-from pipeline.train import run_training
-from pipeline.train_worker import run_worker, training_feed
-from pipeline.training import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.config import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
+from pipeline.training.driver import run_training
+from pipeline.training.pairs import PairsConfig
+from pipeline.training.perceptual import perceptual_term
+from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
 

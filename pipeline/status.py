@@ -7,9 +7,9 @@ from typing import Any
 
 from iqpir.config import digest
 from iqpir.errors import UsageError, VerificationError
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.plan import Generation, read_generations
-from pipeline.records import finished
+from pipeline.commits.manifest import Manifest, read_manifest
+from pipeline.commits.plan import Generation, read_generations
+from pipeline.commits.records import finished
 from pipeline.storage import Storage
 
 

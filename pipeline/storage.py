@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from iqpir.errors import UsageError
-from pipeline.folder import ConditionsIgnoredError, Entry, Folder
-from pipeline.objects import connect
+from pipeline.stores.folder import ConditionsIgnoredError, Entry, Folder
+from pipeline.stores.objects import connect
 
 __all__ = ["Entry", "Storage"]
 
@@ -168,7 +168,7 @@ class Storage:
         """Store a small object only where its name is free.
 
         On a store without conditions (``conditional`` is False) two writers at once may both believe that
-        they won; use names that carry a digest there (``pipeline.units.commit`` does).
+        they won; use names that carry a digest there (``pipeline.commits.units.commit`` does).
 
         Returns:
             The content that is stored now: ``data``, or that of an earlier writer.

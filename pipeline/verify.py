@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from iqpir.errors import IncompleteError, VerificationError
 from pipeline import layout
-from pipeline.checks import document_lies, manifest_lies, plan_lies, record_lies, reference_lies
+from pipeline.commits.checks import document_lies, manifest_lies, plan_lies, record_lies, reference_lies
+from pipeline.commits.manifest import Manifest, ManifestUnit
+from pipeline.commits.plan import Generation, read_generations
+from pipeline.commits.prove import Claim, Proof, Prover, relpaths_digest
+from pipeline.commits.references import Reference, orphans, read_documents, references
+from pipeline.commits.units import SchedulingConfig, schedule
 from pipeline.corpus import Corpus
-from pipeline.manifest import Manifest, ManifestUnit
-from pipeline.plan import Generation, read_generations
-from pipeline.prove import Claim, Proof, Prover, relpaths_digest
-from pipeline.references import Reference, orphans, read_documents, references
-from pipeline.units import SchedulingConfig, schedule
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from iqpir.stages.adversary import AdversaryConfig
 from iqpir.stages.stage1 import Stage1Config
 from iqpir.stages.stage2 import Stage2Config
 from iqpir.training.optimiser import OptimiserConfig
-from pipeline.crops import CropPolicy
+from pipeline.commits.units import SchedulingConfig
 from pipeline.curate import CurateConfig, curate
 from pipeline.encode import EncodeConfig, encode
 from pipeline.label import LabelConfig, label
 from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
+from pipeline.sharding.crops import CropPolicy
 from pipeline.stage1 import Stage1Training, train_stage1
 from pipeline.stage2 import Stage2Training
-from pipeline.training import TrainResult
-from pipeline.units import SchedulingConfig
+from pipeline.training.config import TrainResult
 from tests.conftest import draw_picture
 
 HERE = SchedulingConfig(workers=0)

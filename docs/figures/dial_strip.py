@@ -17,13 +17,13 @@ from iqpir.degradation.reference import degrade
 from iqpir.pixels import PixelPolicy, decode
 from iqpir.restorer import Restorer
 from iqpir.training import checkpoint
-from pipeline.calibration import read_calibration
-from pipeline.checkpoints import fetch_checkpoint
+from pipeline.scoring.calibration import read_calibration
+from pipeline.training.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.evaluate import EvaluateConfig
-from pipeline.feed import Picture, fit_picture
-from pipeline.judge import Judge
-from pipeline.shard_cache import ShardCache
+from pipeline.training.feed import Picture, fit_picture
+from pipeline.judging.judge import Judge
+from pipeline.training.shard_cache import ShardCache
 from pipeline.view import read_view
 
 WISHES = (0.05, 0.25, 0.45, 0.65, 0.85, 0.95)

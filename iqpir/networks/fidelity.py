@@ -1,7 +1,8 @@
-"""Stage 3: how encoder features and the latent's statistics bring the input's identity back."""
+"""How the input's identity is brought back: encoder features (stage 3), the latent's statistics, tones."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from iqpir.networks.blocks import ResidualBlock, convolution
 
@@ -39,3 +40,20 @@ def adaptive_instance_norm(content: Tensor, style: Tensor) -> Tensor:
     content_mean, content_std = _mean_and_std(content.float())
     style_mean, style_std = _mean_and_std(style.float())
     return ((content - content_mean) / content_std * style_std + style_mean).to(content.dtype)
+
+
+def keep_tones(restored: Tensor, pictures: Tensor, window: int) -> Tensor:
+    """``restored`` [B,3,H,W] with the local means of ``pictures``, whose coarse tones degradation hardly changes.
+
+    Colour correction by the low band, as diffusion restorers do (StableSR, arXiv 2305.07015), with a box filter.
+
+    Args:
+        restored: any range; H and W above ``window`` / 2.
+        pictures: what it was restored from, same shape and range.
+        window: side of the box in pixels, made odd; 0 returns ``restored``.
+    """
+    if window == 0:
+        return restored
+    reach = window // 2
+    difference = functional.pad(pictures - restored, (reach, reach, reach, reach), mode="reflect")
+    return restored + functional.avg_pool2d(difference, 2 * reach + 1, stride=1)

@@ -19,7 +19,7 @@ from iqpir.networks.autoencoder import Encoder, Generator
 from iqpir.networks.blocks import FusionAttention
 from iqpir.networks.code_transformer import CONDITION_CHANNELS, CodeTransformerLayer, code_head, deinterleave
 from iqpir.networks.conditioning import QualityEmbedding, QualityEmbeddings, consensus, quality_embedding
-from iqpir.networks.fidelity import FuseBlock, adaptive_instance_norm
+from iqpir.networks.fidelity import FuseBlock, adaptive_instance_norm, keep_tones
 from iqpir.networks.outcomes import Prediction, Quantised, Reconstruction
 from iqpir.networks.vector_quantizer import PUBLISHED, QuantiserConfig, VectorQuantizer, straight_through
 
@@ -182,7 +182,7 @@ class RestorationNetwork(nn.Module):
         latent = straight_through(self.lookup(prediction.codes, quality), prediction.latent)
         if adain:
             latent = adaptive_instance_norm(latent, prediction.latent)
-        return self.decode(latent, prediction.taps, fidelity)
+        return keep_tones(self.decode(latent, prediction.taps, fidelity), pictures, self.config.tones)
 
     def autoencoder_state(self) -> dict[str, Tensor]:
         """The part of the state dict that stage 1 trains, keys unchanged."""

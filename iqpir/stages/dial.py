@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Order(NamedTuple):
@@ -44,3 +45,26 @@ def random_wish(quality: Tensor, chosen: Tensor, places: Tensor, between: tuple[
     else:
         wanted = torch.where(chosen, asked, quality)
     return Order(wanted, torch.where(chosen, weight, 1.0), chosen)
+
+
+def jittered(pictures: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+    """Each picture [B,3,H,W] shifted by up to ``reach`` pixels each way (edges reflected), and mirrored at random.
+
+    Nothing that a person calls quality changes; a pattern that only pleases on one grid loses its place.
+
+    Args:
+        pictures: any range; H and W above ``reach``.
+        reach: in pixels, at least 1.
+        generator: on the CPU; decides shifts and mirrorings.
+    """
+    height, width = pictures.shape[-2:]
+    padded = functional.pad(pictures, (reach, reach, reach, reach), mode="reflect")
+    corners = torch.randint(2 * reach + 1, (len(pictures), 2), generator=generator).tolist()
+    mirrored = torch.randint(2, (len(pictures),), generator=generator).tolist()
+    moved = [
+        picture[:, top : top + height, left : left + width].flip(-1)
+        if mirror
+        else picture[:, top : top + height, left : left + width]
+        for picture, (top, left), mirror in zip(padded, corners, mirrored, strict=True)
+    ]
+    return torch.stack(moved)

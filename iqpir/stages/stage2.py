@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from iqpir.errors import UsageError
-from iqpir.losses import quality_loss, to_unit_range
+from iqpir.losses import anchor_loss, quality_loss, to_unit_range
 from iqpir.networks.conditioning import consensus
+from iqpir.networks.fidelity import adaptive_instance_norm, keep_tones
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import straight_through
@@ -24,17 +25,17 @@ from iqpir.stages.code_targets import (
     require_same_codebooks,
     target_codes,
 )
-from iqpir.stages.dial import Order, own_quality, random_wish
+from iqpir.stages.dial import Order, jittered, own_quality, random_wish
 from iqpir.stages.telemetry import code_health, count_codes, freeze_except, montage
 from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.ema import Ema
-from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_optimiser
+from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_optimiser, hasten
 from iqpir.training.precision import FP32, PrecisionConfig, prepare
 from iqpir.training.state import TrainState
 
 TRAINED = ("encoder", "position_emb", "feat_emb", "score_embed", "ft_layers", "idx_pred_layer")
-_DIAL = 2
-"""Purpose number of the dial's random draws."""
+_DIAL, _JITTER = 2, 3
+"""Purpose numbers of random draws: wishes, and how judged pictures are moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,15 @@ class Stage2Config:
     """The quality loss counts at every so many steps; other steps run no generator."""
     quality_samples: int = 0
     """Samples of each rank's batch that the quality loss is computed for; 0 means all."""
+    quality_anchor: float = 0.0
+    """Weight of the distance of the judged picture to the good one, L1 and 1 - SSIM (ours): quality is only
+    sought near what the picture shows."""
+    quality_restored: bool = False
+    """Judge the picture as inference makes it, with the statistics of the input's latent and the tones of the
+    input (ours); else as it is decoded from codes alone."""
+    quality_jitter: int = 0
+    """Judge the picture shifted by up to so many pixels and mirrored at random (ours): specks that please the
+    prior at one position only gain nothing."""
     dial_fraction: float = 0.0
     """Share of samples that, where the quality loss counts, are asked for a random quality instead of
     their own (ours). Needs ``match``."""
@@ -71,6 +81,9 @@ class Stage2Config:
     """Range that the random quality is drawn from."""
     dial_code_weight: float = 0.0
     """Weight of the losses against codes for samples asked for a random quality: their codes have another."""
+    dial_rate: float = 1.0
+    """Learning rate of the quality maps over that of everything else (ours): a sample teaches only the map of
+    its bin, and maps start at zero, so in short trainings they lag behind."""
     ema_decay: float = 0.995
     """Decay of the averaged weights."""
     ema_warmup: bool = False
@@ -86,10 +99,12 @@ class Stage2Config:
             )
         if not 0.0 <= self.dial_range[0] <= self.dial_range[1] <= 1.0:
             raise UsageError(f"dial_range {self.dial_range} is no range inside [0, 1].")
-        if self.quality_every < 1 or self.quality_temperature <= 0:
-            raise UsageError("quality_every must be at least 1 and quality_temperature positive.")
-        if min(self.quality_start, self.quality_samples) < 0:
-            raise UsageError("quality_start and quality_samples must not be negative.")
+        if self.quality_every < 1 or min(self.quality_temperature, self.dial_rate) <= 0:
+            raise UsageError("quality_every must be at least 1, quality_temperature and dial_rate positive.")
+        if min(self.quality_start, self.quality_samples, self.quality_anchor, self.quality_jitter) < 0:
+            raise UsageError("quality_start, _samples, _anchor and _jitter must not be negative.")
+        if self.quality_anchor > 0 and self.quality_weight == 0:
+            raise UsageError("quality_anchor without quality_weight anchors nothing.", "Set both, or neither.")
 
     def judges_at(self, step: int) -> bool:
         """Whether the quality loss counts in step ``step``, from 0."""
@@ -158,6 +173,8 @@ class Stage2:
         freeze_except(network, TRAINED)
         ema = Ema(network, self.config.ema_decay, warmup=self.config.ema_warmup)
         optimiser = build_optimiser(self.config.optimiser, network.parameters())
+        if network.score_embed is not None:
+            hasten(optimiser, network.score_embed.parameters(), self.config.dial_rate)
         passes = {"predict": self.distributed.wrap(PredictPass(prepare(network, self.precision)))}
         return TrainState(network=network, ema=ema, optimisers={"network": optimiser}, seed=seed, passes=passes)
 
@@ -175,7 +192,8 @@ class Stage2:
         predicted = Prediction(logits.float(), latent.float(), raw.float(), {}, state.network.books)
         losses = code_losses(state.network, predicted, codes, batch.quality, order.weights, self.config.codes)
         if prior is not None:
-            losses["quality_loss"], measured = self._quality_loss(prior, state.network, predicted, order)
+            sought, measured = self._quality_losses(prior, state, predicted, order, batch)
+            losses |= sought
         total = torch.stack(list(losses.values())).sum()
         torch.autograd.backward(total)
         apply_gradients(self.config.optimiser, state.optimisers["network"], state.step)
@@ -214,22 +232,33 @@ class Stage2:
         chosen = chance < config.dial_fraction
         return random_wish(batch.quality, chosen, places, config.dial_range, config.dial_code_weight)
 
-    def _quality_loss(
-        self, prior: nn.Module, network: RestorationNetwork, predicted: Prediction, order: Order
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted loss, mean quality) of the pictures decoded from predicted codes."""
-        count = self.config.quality_samples or len(order.quality)
+    def _quality_losses(
+        self, prior: nn.Module, state: TrainState, predicted: Prediction, order: Order, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(weighted losses, mean quality) of the pictures decoded from predicted codes."""
+        config, network = self.config, state.network
+        count = config.quality_samples or len(order.quality)
         # Samples with a random wish come first: nothing else teaches them.
         chosen = torch.argsort((~order.wished).int(), stable=True)[:count]
-        logits, latent, raw = (part[chosen] for part in predicted[:3])
-        part = Prediction(logits, latent, raw, {}, predicted.books)
+        logits, conditioned, raw = (part[chosen] for part in predicted[:3])
+        part = Prediction(logits, conditioned, raw, {}, predicted.books)
         quality = order.quality[chosen]
-        latent = discrete_latent(network, part, quality, self.config)
+        latent = discrete_latent(network, part, quality, config)
+        if config.quality_restored and config.quality_grad != "continuous":
+            latent = adaptive_instance_norm(latent, conditioned)
         with self.precision.autocast(latent.device):
             restored = network.decode(latent)
-        measured: Tensor = prior(to_unit_range(restored))
-        wanted = consensus(quality) if self.config.quality_target == "match" else None
-        return self.config.quality_weight * quality_loss(measured, wanted), measured.mean()
+        if config.quality_restored:
+            restored = keep_tones(restored.float(), batch.degraded[chosen], network.config.tones)
+        seen = to_unit_range(restored)
+        if config.quality_jitter:
+            seen = jittered(seen, config.quality_jitter, state.generator(_JITTER))
+        measured: Tensor = prior(seen)
+        asked = consensus(quality) if config.quality_target == "match" else None
+        losses = {"quality_loss": config.quality_weight * quality_loss(measured, asked)}
+        if config.quality_anchor > 0:
+            losses["anchor_loss"] = config.quality_anchor * anchor_loss(restored, batch.hq[chosen])
+        return losses, measured.mean()
 
 
 def discrete_latent(

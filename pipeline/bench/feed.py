@@ -15,8 +15,8 @@ from pipeline.bench.measure import Measured, Options, alternate, require_equal
 from pipeline.bench.peers import peer
 from pipeline.bench.pictures import write_pictures
 from pipeline.corpus import Corpus
-from pipeline.feed import FeedConfig, IndexedFeed, Samples
 from pipeline.shard import ShardConfig, shard
+from pipeline.training.feed import FeedConfig, IndexedFeed, Samples
 
 SEED = 2603
 TOLERANCE = 1.0 / 255

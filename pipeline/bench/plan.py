@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.bench.measure import Measured, Options, require_equal
 from pipeline.bench.pictures import encoded, picture
-from pipeline.plan import extend_plan
+from pipeline.commits.plan import extend_plan
 from pipeline.shard import ShardConfig
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.storage import Storage

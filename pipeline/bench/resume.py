@@ -9,13 +9,13 @@ from iqpir.config import digest
 from pipeline.bench.measure import Measured, Options, alternate, require_equal
 from pipeline.bench.peers import peer
 from pipeline.bench.plan import name_inputs
+from pipeline.commits.plan import ShardUnit, extend_plan, read_generations
+from pipeline.commits.records import finished
+from pipeline.commits.units import run_units
 from pipeline.layout import commit_prefix, to_json
-from pipeline.plan import ShardUnit, extend_plan, read_generations
-from pipeline.records import finished
 from pipeline.shard import STEP, ShardConfig
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.storage import Entry, Storage
-from pipeline.units import run_units
 
 LARGEST_SECONDS = 5.0
 LARGEST_COUNT = 10_000

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from pipeline.plan import ShardUnit
+from pipeline.commits.plan import ShardUnit
 from pipeline.storage import Storage
 
 

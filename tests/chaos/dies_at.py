@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.folder import Folder
+from pipeline.stores.folder import Folder
 
 MOMENTS = ("begun", "written", "made")
 """Half of the bytes are written; all are, under a temporary name; the change is made and nobody was told."""

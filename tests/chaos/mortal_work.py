@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from pipeline.plan import ShardUnit
-from pipeline.shard_unit import ShardWork
+from pipeline.commits.plan import ShardUnit
+from pipeline.sharding.shard_unit import ShardWork
 from tests.chaos.dies_at import DiesAt
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from pipeline import objects
-from pipeline.records import commit, finished
+from pipeline.commits.records import commit, finished
 from pipeline.storage import Storage
+from pipeline.stores import objects
 from pipeline.verify import VerifyConfig, verify
 from tests.chaos.conftest import Quiet, finish
 from tests.chaos.fault_proxy import Fault, FaultProxy

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline import units
-from pipeline.folder import Folder
-from pipeline.records import Record, commit
+from pipeline.commits import units
+from pipeline.commits.records import Record, commit
 from pipeline.storage import Storage
+from pipeline.stores.folder import Folder
 
 
 def stream_to_the_final_name() -> None:
@@ -60,7 +60,7 @@ def overwrite_records() -> None:
 
 def forget_a_sample() -> None:
     """A seal that leaves the last unit out."""
-    from pipeline import seal
+    from pipeline.commits import seal
 
     write = seal._write
 

@@ -7,6 +7,7 @@ import torch
 
 from iqpir.losses import (
     adversarial_weight,
+    anchor_loss,
     code_loss,
     discriminator_loss,
     feature_loss,
@@ -94,3 +95,11 @@ def test_ms_ssim_has_a_gradient_everywhere() -> None:
     assert restored.grad is not None
     assert restored.grad.isfinite().all()
     assert (restored.grad.abs().amax(dim=1) > 0).float().mean() > 0.95
+
+
+def test_the_anchor_is_pixel_distance_plus_lost_structure() -> None:
+    wanted = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert anchor_loss(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)
+    other = wanted.flip(-1)
+    expected = pixel_loss(other, wanted) + ms_ssim_loss(other, wanted, scales=1)
+    torch.testing.assert_close(anchor_loss(other, wanted), expected)

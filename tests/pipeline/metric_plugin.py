@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.score_unit import load_metric
+from pipeline.scoring.score_unit import load_metric
 
 _SOURCE = """
 import json

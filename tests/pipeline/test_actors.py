@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.actors import run_on_actors
+from pipeline.commits.actors import run_on_actors
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_idle_actors_give_their_places_back_while_others_still_work(tmp_path: Pa
 def test_a_task_whose_actor_died_is_done_by_another_and_one_that_kills_each_is_an_error(
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.actors.SYSTEM_RETRIES", 1)
+    monkeypatch.setattr("pipeline.commits.actors.SYSTEM_RETRIES", 1)
     done = _run(tmp_path, [Task("once", deaths=1), Task("always", deaths=99), Task("well")])
     found = {task.name: (result, error) for task, result, error in done}
     assert found["once"][1] is None and found["well"][1] is None

@@ -9,12 +9,12 @@ from iqpir.config import preset
 from iqpir.errors import UsageError
 from iqpir.networks.restoration_network import build
 from iqpir.training import checkpoint
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_fingerprint, encode_pictures, read_codes
-from pipeline.feed import FeedConfig, Samples
 from pipeline.stage2 import Stage2Training
-from pipeline.training import network_config
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.config import network_config
+from pipeline.training.feed import FeedConfig, Samples
 from pipeline.view import read_view
 from tests.chain import Chain
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.quality_prior import PiecewiseLinear
-from pipeline.calibration import Calibration, fit_calibration, fit_map, read_calibration, write_calibration
 from pipeline.corpus import Corpus
+from pipeline.scoring.calibration import Calibration, fit_calibration, fit_map, read_calibration, write_calibration
 
 HIGHER = {"direction": "higher", "score_range": [0.0, 1.0], "fingerprint": "f1"}
 LOWER = {"direction": "lower", "score_range": None, "fingerprint": "f2"}

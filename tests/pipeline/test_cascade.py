@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from iqpir.errors import UsageError
-from pipeline.calibration import read_calibration
-from pipeline.cascade import Gate, Term, in_order, parse_cascade
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.curate import CurateConfig, curate
 from pipeline.label import LabelConfig, label, read_label_index, read_labels
 from pipeline.layout import from_parquet
 from pipeline.score import ScoreConfig, ScoreResult, score
-from pipeline.units import SchedulingConfig
+from pipeline.scoring.calibration import read_calibration
+from pipeline.scoring.cascade import Gate, Term, in_order, parse_cascade
 from pipeline.verify import VerifyConfig, verify
 from tests.pipeline.drawn_corpus import drawn_corpus
 

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from iqpir.errors import UsageError
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
-from pipeline.crops import CropPolicy
 from pipeline.curate import CurateConfig, CurateResult, _held_back, curate
 from pipeline.label import LabelConfig, label
 from pipeline.layout import SAMPLE_REFERENCE
 from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
-from pipeline.units import SchedulingConfig
+from pipeline.sharding.crops import CropPolicy
 from pipeline.verify import VerifyConfig, verify
 from pipeline.view import read_view
 from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture

@@ -12,15 +12,15 @@ from PIL import Image
 
 from iqpir.errors import UsageError
 from iqpir.pixels import PictureError, PixelPolicy, decode, encode_jpeg, encode_png
-from pipeline.decoding import DecodeConfig, IsolatedDecoder, open_decoder
 from pipeline.shard import ShardConfig, shard
+from pipeline.sharding.decoding import DecodeConfig, IsolatedDecoder, open_decoder
 from pipeline.sources.inputs import InputError
 from tests.conftest import draw_picture
 
 BROKEN_CHILD = """
 import json, os, signal, sys, time
-from pipeline.decoder_child import serve
-from pipeline.decoding import HereDecoder
+from pipeline.sharding.decoder_child import serve
+from pipeline.sharding.decoding import HereDecoder
 from iqpir.pixels import PixelPolicy
 
 def decoder(data, pixels):

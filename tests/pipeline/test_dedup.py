@@ -13,17 +13,17 @@ from PIL import Image
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.curate import CurateConfig, curate, linked
 from pipeline.dedup import DedupConfig, DedupResult, dedup, read_dedup
-from pipeline.dedup_hashes import hash_picture
-from pipeline.dedup_samples import HashedSamples, LikenessPolicy, join_samples
+from pipeline.duplicates.hashes import hash_picture
+from pipeline.duplicates.samples import HashedSamples, LikenessPolicy, join_samples
 from pipeline.gc import GcConfig, gc
 from pipeline.label import LabelConfig, label, read_label_index, read_labels
 from pipeline.layout import DEDUP
 from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
-from pipeline.units import SchedulingConfig
 from pipeline.verify import VerifyConfig, verify
 from pipeline.view import read_view
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dedup_clusters import Forest, distances, join_equal, near_pairs
+from pipeline.duplicates import clusters
+from pipeline.duplicates.clusters import Forest, distances, join_equal, near_pairs
 
 
 def _hashes(seed: int, groups: int, copies: int, flips: int) -> np.ndarray:
@@ -51,10 +52,8 @@ def test_no_piece_of_candidates_is_larger_than_asked_although_all_hashes_are_equ
 
 def test_ten_thousand_hashes_need_few_comparisons() -> None:
     """The search is not quadratic: pairs that are handed out per band stay far below N * N / 2."""
-    from pipeline import dedup_clusters
-
     hashes = np.random.default_rng(5).integers(0, 1 << 63, 10_000, dtype=np.uint64)
-    seen = sum(len(a) for a, _ in dedup_clusters._candidates(np.sort(hashes >> np.uint64(51)), 13, 1, 1 << 20))
+    seen = sum(len(a) for a, _ in clusters._candidates(np.sort(hashes >> np.uint64(51)), 13, 1, 1 << 20))
     assert 0 < seen < 10_000 * 10_000 / 2 / 200
 
 

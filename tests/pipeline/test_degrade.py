@@ -15,7 +15,7 @@ from iqpir.degradation.picture import degrade as degrade_as_fed
 from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
 from pipeline.degrade import DegradeConfig, degrade, parameters_of
-from pipeline.feed import FeedConfig, Samples
+from pipeline.training.feed import FeedConfig, Samples
 
 TINY = {"preset": "tiny32", "degradation": "tiny32"}
 

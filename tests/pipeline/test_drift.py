@@ -8,14 +8,14 @@ import pytest
 
 from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
-from pipeline.calibration import read_calibration
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
-from pipeline.drift import DriftPolicy, DriftResult, require_current_metrics
 from pipeline.label import LabelConfig, label, label_or_check
 from pipeline.score import ScoreConfig, score
-from pipeline.score_unit import load_metric, prove_metrics
-from pipeline.tiling import TilingPolicy
-from pipeline.units import SchedulingConfig
+from pipeline.scoring.calibration import read_calibration
+from pipeline.scoring.drift import DriftPolicy, DriftResult, require_current_metrics
+from pipeline.scoring.score_unit import load_metric, prove_metrics
+from pipeline.scoring.tiling import TilingPolicy
 from tests.pipeline.drawn_corpus import drawn_corpus
 from tests.pipeline.metric_plugin import install, set_weights
 

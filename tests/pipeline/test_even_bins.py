@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.calibration import fit_calibration
 from pipeline.label import bins_of, quality_of
+from pipeline.scoring.calibration import fit_calibration
 
 TABLES = {"topiq_nr-face": "FFHQ_score_topiq_nr-face.csv", "musiq": "FFHQ_512_score_80.csv"}
 FACTS = {"direction": "higher", "score_range": [0.0, 1.0], "fingerprint": "f"}

@@ -20,9 +20,9 @@ from PIL import Image
 
 from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
-from pipeline.beton import BetonPlan, page_size_for, write_beton
 from pipeline.export import ExportConfig, export
-from pipeline.export_balance import deal
+from pipeline.exports.balance import deal
+from pipeline.exports.beton import BetonPlan, page_size_for, write_beton
 from pipeline.layout import sha256_hex
 
 
@@ -248,7 +248,7 @@ def test_a_writer_that_hangs_is_stopped(labelled_corpus: Any, tmp_path: Path) ->
 
 LOOKS_AWAY = """
 import sys
-from pipeline import beton_writer
+from pipeline.exports import beton_writer
 worker = beton_writer.Worker(target=sys.exit, args=(3,))
 worker.start()
 worker.join()
@@ -301,7 +301,7 @@ def test_ffcv_itself_reads_what_was_exported(labelled_corpus: Any, tmp_path: Pat
     made = labelled_corpus(sides=(32,) * 5, held_back=2)
     path = tmp_path / "train.beton"
     export(ExportConfig(corpus=made.url, view="small", output=str(path), size=32, workers=1))
-    from pipeline.beton_reader import load_pictures
+    from pipeline.exports.beton_reader import load_pictures
 
     rows = made.view.split("train").to_pylist()
     for row, picture in zip(rows, load_pictures(path, [0, 1, 2]), strict=True):

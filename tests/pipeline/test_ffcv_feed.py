@@ -16,8 +16,8 @@ from iqpir.degradation.parameters import PRESETS
 from iqpir.errors import UsageError, VerificationError
 from iqpir.stages.batch import Batch
 from pipeline.export import ExportConfig, export
-from pipeline.feed import FeedConfig, IndexedFeed, Samples
-from pipeline.ffcv_feed import FfcvFeed
+from pipeline.training.feed import FeedConfig, IndexedFeed, Samples
+from pipeline.training.ffcv_feed import FfcvFeed
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("ffcv", reason="ffcv (extra `export`, needs Debian's libopencv-dev) is not installed")
 
 from pipeline.export import ExportConfig, export
-from pipeline.feed import FeedConfig
 from pipeline.stage1 import train_stage1
+from pipeline.training.feed import FeedConfig
 from tests.chain import Chain
 
 pytestmark = pytest.mark.slow

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from iqpir.errors import IncompleteError, UsageError, VerificationError
-from pipeline.calibration import read_calibration
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.label import LabelConfig, LabelResult, label, read_label_index, read_labels
 from pipeline.layout import from_parquet, label_schema, scores_path
 from pipeline.score import ScoreConfig, score
-from pipeline.units import SchedulingConfig
+from pipeline.scoring.calibration import read_calibration
 from tests.pipeline.drawn_corpus import drawn_corpus
 
 METRICS = ["rank", "rank_judge"]

@@ -20,8 +20,8 @@ import iqpir
 from iqpir.errors import PermanentError
 from iqpir.pixels import decode, encode_jpeg, encode_png
 from iqpir.restorer import Restorer
-from pipeline import package as packaging
-from pipeline.package import ALLOWED, ENTRY, Package, build_package, closure, foreign_imports, renamed, save
+from pipeline.registry import package as packaging
+from pipeline.registry.package import ALLOWED, ENTRY, Package, build_package, closure, foreign_imports, renamed, save
 from tests.conftest import draw_picture
 from tests.pipeline.tiny_checkpoint import write_checkpoint
 

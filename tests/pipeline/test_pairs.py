@@ -17,15 +17,15 @@ from iqpir.degradation.parameters import PRESETS
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
 from pipeline.corpus import Corpus
-from pipeline.crops import CropPolicy
 from pipeline.degrade import DegradeConfig, degrade
 from pipeline.evaluate import EvaluateConfig, evaluate
-from pipeline.feed import FeedConfig, IndexedFeed, Samples
-from pipeline.pairs import Pairs, PairsConfig, find_pairs
 from pipeline.shard import ShardConfig, shard
+from pipeline.sharding.crops import CropPolicy
 from pipeline.stage2 import train_stage2
 from pipeline.stage3 import Stage3Training, train_stage3
-from pipeline.training import Training
+from pipeline.training.config import Training
+from pipeline.training.feed import FeedConfig, IndexedFeed, Samples
+from pipeline.training.pairs import Pairs, PairsConfig, find_pairs
 from tests.chain import Chain
 
 SIDES = (32,) * 5 + (40, 64, 48)

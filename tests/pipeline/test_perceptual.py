@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iqpir.errors import UsageError
-from pipeline.perceptual import perceptual_term
+from pipeline.training.perceptual import perceptual_term
 
 
 @pytest.mark.slow

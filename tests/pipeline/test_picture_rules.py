@@ -10,9 +10,9 @@ from PIL import Image
 from iqpir.errors import UsageError
 from iqpir.pixels import decode
 from pipeline.corpus import Corpus
-from pipeline.crops import CropPolicy
-from pipeline.picture_rules import RejectPolicy, ResizePolicy, TilePolicy, flat_share, shrunk, tile_windows
 from pipeline.shard import ShardConfig, shard
+from pipeline.sharding.crops import CropPolicy
+from pipeline.sharding.picture_rules import RejectPolicy, ResizePolicy, TilePolicy, flat_share, shrunk, tile_windows
 from pipeline.verify import VerifyConfig, verify
 from tests.conftest import draw_picture
 

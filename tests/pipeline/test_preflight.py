@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from iqpir.errors import UsageError
-from pipeline.feed import FeedConfig
-from pipeline.launch import Workers
 from pipeline.preflight import PreflightConfig, preflight
 from pipeline.preflight_checks import check_cluster, check_metrics, check_network, check_versions
 from pipeline.torchvision_ops import ensure_torchvision_operators
+from pipeline.training.feed import FeedConfig
+from pipeline.training.launch import Workers
 
 
 def config(tmp_path: Path, **changed: Any) -> PreflightConfig:

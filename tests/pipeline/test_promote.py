@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from iqpir.errors import UsageError, VerificationError
 from pipeline.promote import CHAMPION, PREVIOUS, PromoteConfig, promote
 from pipeline.register import CANDIDATE
-from pipeline.tracking import tracking_location
+from pipeline.tracking.runs import tracking_location
 
 GOOD = {
     "self_check": "passed 0",

@@ -14,8 +14,8 @@ from iqpir.errors import UsageError
 from iqpir.networks.codebook import EmaConfig
 from iqpir.training import checkpoint
 from iqpir.training.checkpoint import MANIFEST
-from pipeline.launch import Workers
 from pipeline.stage1 import train_stage1
+from pipeline.training.launch import Workers
 from tests.chain import STAGE1, Chain
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

@@ -11,10 +11,10 @@ from mlflow.exceptions import MlflowException
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import encode_png
 from iqpir.restorer import Restorer
-from pipeline.gate import evaluation_tags
 from pipeline.register import CANDIDATE, SELF_CHECK, RegisterConfig, RegisterResult, register
-from pipeline.registered import fetch_registered
-from pipeline.tracking import open_run, tracking_location
+from pipeline.registry.gate import evaluation_tags
+from pipeline.registry.registered import fetch_registered
+from pipeline.tracking.runs import open_run, tracking_location
 from tests.conftest import draw_picture
 from tests.pipeline.tiny_checkpoint import write_checkpoint
 

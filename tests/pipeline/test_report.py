@@ -12,7 +12,7 @@ from PIL import Image
 
 from iqpir.errors import UsageError
 from pipeline.report import ReportConfig, agreement, report
-from pipeline.report_charts import threshold_curve
+from pipeline.reports.charts import threshold_curve
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, score
-from pipeline.score_batches import LoadedMetric, score_batch
-from pipeline.scoring import Scoring, score_samples
+from pipeline.scoring.batches import LoadedMetric, score_batch
+from pipeline.scoring.passes import Scoring, score_samples
+from pipeline.scoring.tiling import Picture
 from pipeline.shard import ShardConfig, shard
-from pipeline.tiling import Picture
-from pipeline.units import SchedulingConfig
 from pipeline.verify import VerifyConfig, verify
 from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqpir.errors import UsageError
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.label import LabelConfig, label
 from pipeline.layout import TILED_SCORES, from_parquet
 from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, score
-from pipeline.score_batches import LoadedMetric, score_batch, score_pictures
-from pipeline.tiling import Picture, TilingPolicy, combine, cut
-from pipeline.units import SchedulingConfig
+from pipeline.scoring.batches import LoadedMetric, score_batch, score_pictures
+from pipeline.scoring.tiling import Picture, TilingPolicy, combine, cut
 from tests.pipeline.drawn_corpus import drawn_corpus
 
 ALONE = SchedulingConfig(workers=0)

@@ -18,9 +18,8 @@ import requests
 from mlflow import MlflowClient
 
 from iqpir.errors import UsageError
-from pipeline.run_log import NONFINITE
-from pipeline.spool import Spool
-from pipeline.tracking import (
+from pipeline.tracking.run_log import NONFINITE
+from pipeline.tracking.runs import (
     RunHandle,
     RunLog,
     end_run,
@@ -30,6 +29,7 @@ from pipeline.tracking import (
     reachable,
     tracking_location,
 )
+from pipeline.tracking.spool import Spool
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
 from pipeline.stage1 import train_stage1
 from pipeline.stage2 import train_stage2
-from pipeline.training import Training, TrainResult
+from pipeline.training.config import Training, TrainResult
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
 
@@ -219,7 +219,7 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
     written = json.loads(file.read_text())
     assert written.keys() == {
         *("digest", "quality", "dial", "dial_spearman", "dial_range", "psnr", "ssim", "metrics"),
-        *("samples", "checkpoint", "lineage", "output", "weights_digest"),
+        *("curve", "high_quality", "samples", "checkpoint", "lineage", "output", "weights_digest"),
     }
     assert written["quality"].keys() == {"lq", "hq", "restored"}
     assert written["psnr"].keys() == written["ssim"].keys() == {"lq", "restored"}

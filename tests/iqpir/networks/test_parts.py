@@ -19,7 +19,7 @@ from iqpir.networks.blocks import (
 from iqpir.networks.code_transformer import CodeTransformerLayer, deinterleave
 from iqpir.networks.conditioning import as_scores, consensus, quality_bin, quality_embedding
 from iqpir.networks.discriminator import Discriminator, DiscriminatorConfig
-from iqpir.networks.fidelity import FuseBlock, adaptive_instance_norm
+from iqpir.networks.fidelity import FuseBlock, adaptive_instance_norm, keep_tones
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +218,14 @@ def test_a_gradient_reaches_every_parameter_of_the_discriminator(norm: str) -> N
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_tones_are_those_of_the_input_and_detail_is_the_restored_ones() -> None:
+    restored, pictures = torch.rand(2, 2, 3, 24, 24)
+    assert keep_tones(restored, pictures, 0) is restored
+    shifted = keep_tones(restored, restored + 0.25, 8)
+    torch.testing.assert_close(shifted, restored + 0.25)
+    checks = torch.tensor([1.0, -1.0]).repeat(12).view(1, 1, 1, 24) * torch.ones(1, 3, 24, 1)
+    detailed = keep_tones(checks, torch.full_like(checks, 0.5), 8)
+    assert (detailed[..., 4:-4, 4:-4].mean() - 0.5).abs() < 0.01
+    assert detailed.std() > 0.8, "alternating pixels are no tone"

@@ -12,6 +12,7 @@ from torch.nn import functional
 import iqpir
 from iqpir.config import PRESETS, NetworkConfig
 from iqpir.errors import UsageError
+from iqpir.networks.fidelity import keep_tones
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import straight_through
 
@@ -424,3 +425,21 @@ def test_the_autoencoder_part_moves_between_networks() -> None:
         network_of(codebooks="single").load_autoencoder(source.state_dict())
     with pytest.raises(UsageError, match="not of this autoencoder"):
         network_of(latent_channels=32).load_autoencoder(source.state_dict())
+
+
+def test_kept_tones_change_the_restored_picture_alone_and_old_configurations_stay_what_they_are() -> None:
+    torch.manual_seed(0)
+    plain = RestorationNetwork(TINY)
+    toned = RestorationNetwork(dataclasses.replace(TINY, tones=8))
+    toned.load_state_dict(plain.state_dict())
+    pictures, quality = torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        expected = keep_tones(plain(pictures, quality), pictures, 8)
+        torch.testing.assert_close(toned(pictures, quality), expected)
+        torch.testing.assert_close(
+            toned.reconstruct(pictures, quality).pictures, plain.reconstruct(pictures, quality).pictures
+        )
+    assert "tones" not in TINY.to_dict()
+    assert NetworkConfig.from_dict(toned.config.to_dict()) == toned.config
+    with pytest.raises(UsageError, match="tones 32"):
+        dataclasses.replace(TINY, tones=32)

@@ -15,7 +15,7 @@ from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import QuantiserConfig
 from iqpir.stages.adversary import AdversaryConfig
 from iqpir.stages.batch import Batch
-from iqpir.stages.dial import own_quality, random_wish
+from iqpir.stages.dial import jittered, own_quality, random_wish
 from iqpir.stages.stage1 import Stage1
 from iqpir.stages.stage2 import Stage2, Stage2Config
 from iqpir.training.order import sample_at
@@ -35,6 +35,17 @@ def test_only_chosen_samples_are_asked_for_something_else() -> None:
 def test_without_a_dial_everything_is_the_samples_own() -> None:
     order = own_quality(torch.tensor([0.1, 0.2]))
     assert (order.weights.tolist(), order.wished.tolist()) == ([1.0, 1.0], [False, False])
+
+
+def test_jitter_moves_pictures_and_invents_no_pixel() -> None:
+    pictures = torch.arange(2 * 3 * 12 * 12.0).view(2, 3, 12, 12)
+    moved = [jittered(pictures, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
+    for before, after in zip(pictures, moved[0], strict=True):
+        assert set(after.flatten().tolist()) <= set(before.flatten().tolist())
+        crops = [after[:, 3:-3, 3:-3], after[:, 3:-3, 3:-3].flip(-1)]
+        places = before.unfold(1, 6, 1).unfold(2, 6, 1)
+        assert any((places == crop[:, None, None]).all(dim=(0, 3, 4)).any() for crop in crops)
 
 
 def textured(tiny: ModuleType, index: Tensor) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iqpir.errors import UsageError
+from iqpir.losses import anchor_loss, to_unit_range
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.stages.code_targets import CodeLossConfig, code_losses
@@ -173,6 +174,63 @@ def test_the_loss_is_the_papers_sum(tiny: ModuleType) -> None:
     torch.testing.assert_close(stage.step(state, batch)["loss"], expected.detach())
 
 
+def test_the_anchor_adds_the_distance_of_the_judged_picture_to_the_good_one(tiny: ModuleType) -> None:
+    """Its weight scales it, its gradient reaches what predicts codes, and a perfect picture costs nothing."""
+    batch = tiny.batch(index())
+    costs = []
+    for weight in (1.0, 3.0):
+        config = Stage2Config(codes=NO_CODES, quality_grad="logits", quality_weight=1e-9, quality_anchor=weight)
+        stage, state = started(tiny, config)
+        costs.append(stage.step(state, batch)["anchor_loss"])
+    torch.testing.assert_close(costs[1], 3 * costs[0])
+    network = tiny.network()
+    restored = network.decode(network.lookup(network.predict(batch.lq, batch.quality).codes))
+    torch.testing.assert_close(costs[0], anchor_loss(restored, batch.hq).detach())
+    stage, state = started(tiny, config)
+    found = largest_gradients(stage, state, batch)
+    assert all(found[part] > 1e-6 for part in PREDICTOR), found
+
+
+def test_the_judged_picture_is_the_one_that_inference_gives(tiny: ModuleType) -> None:
+    judged: list[Tensor] = []
+
+    class Remembering(tiny.Sharpness):  # type: ignore[name-defined]
+        def forward(self, unit: Tensor) -> Tensor:
+            judged.append(unit.detach())
+            return super().forward(unit)
+
+    batch = tiny.batch(index())
+    network = tiny.network(tones=4)
+    config = Stage2Config(quality_grad="logits", quality_restored=True)
+    stage = Stage2(config, quality_prior=Remembering(), teacher=network)
+    with torch.no_grad():
+        wanted = to_unit_range(network(batch.lq, batch.quality))
+    stage.step(stage.initial_state(tiny.network(tones=4), seed=3), batch)
+    torch.testing.assert_close(judged[-1], wanted, atol=1e-5, rtol=0)
+
+
+def test_jitter_changes_what_is_judged_and_not_what_is_anchored(tiny: ModuleType) -> None:
+    found = []
+    for reach in (0, 3):
+        config = Stage2Config(quality_weight=1.0, quality_anchor=1.0, quality_jitter=reach)
+        stage, state = started(tiny, config)
+        found.append(stage.step(state, tiny.batch(index())))
+    assert found[0]["quality_loss"] != found[1]["quality_loss"]
+    assert found[0]["anchor_loss"] == found[1]["anchor_loss"]
+
+
+def test_the_quality_maps_learn_faster_by_the_dials_rate(tiny: ModuleType) -> None:
+    moved = []
+    for rate in (1.0, 10.0):
+        config = Stage2Config(optimiser=tiny.RATE, quality_grad="logits", dial_rate=rate)
+        stage, state = started(tiny, config)
+        before = state.network.feat_emb.weight.clone()
+        stage.step(state, tiny.batch(index()))
+        moved.append((state.network.score_embed.weight.abs().max(), (state.network.feat_emb.weight - before).abs()))
+    torch.testing.assert_close(moved[1][0], 10 * moved[0][0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved[1][1], moved[0][1])
+
+
 def test_missing_codes_without_a_teacher_are_an_error(tiny: ModuleType) -> None:
     stage = Stage2(Stage2Config(quality_weight=0.0))
     state = stage.initial_state(tiny.network(), seed=3)
@@ -217,6 +275,9 @@ def test_a_missing_prior_is_refused() -> None:
         {"dial_fraction": 1.5, "quality_target": "match"},
         {"dial_range": (0.9, 0.1)},
         {"quality_every": 0},
+        {"quality_anchor": -1.0},
+        {"dial_rate": 0.0},
+        {"quality_anchor": 1.0, "quality_weight": 0.0},
     ],
 )
 def test_contradicting_configurations_are_refused(values: dict[str, object]) -> None:

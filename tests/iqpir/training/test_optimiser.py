@@ -12,7 +12,7 @@ from iqpir.errors import UsageError
 from iqpir.stages.stage1 import Stage1Config
 from iqpir.stages.telemetry import freeze_except
 from iqpir.training.ema import Ema
-from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_optimiser
+from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_optimiser, hasten
 
 
 def test_constant_with_warm_up() -> None:
@@ -108,3 +108,21 @@ def test_warm_up_forgets_the_start(tiny: ModuleType) -> None:
 def test_configurations_compare_by_value() -> None:
     assert replace(Stage1Config(), ema_decay=0.5) != Stage1Config()
     assert Stage1Config() == Stage1Config()
+
+
+def test_hastened_parameters_take_longer_steps_and_the_rest_stays() -> None:
+    """Adam's first step is the learning rate, whatever the gradient."""
+    slow, fast = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    config = OptimiserConfig(learning_rate=0.01)
+    optimiser = build_optimiser(config, [slow, fast])
+    hasten(optimiser, [fast], 1.0)
+    assert len(optimiser.param_groups) == 1
+    hasten(optimiser, [fast], 10.0)
+    for parameter in (slow, fast):
+        parameter.grad = torch.ones(2)
+    state = optimiser.state_dict()
+    apply_gradients(config, optimiser, 0)
+    torch.testing.assert_close(slow.detach(), torch.full((2,), -0.01))
+    torch.testing.assert_close(fast.detach(), torch.full((2,), -0.1))
+    optimiser.load_state_dict(state)
+    assert [group.get("rate", 1.0) for group in optimiser.param_groups] == [1.0, 10.0]

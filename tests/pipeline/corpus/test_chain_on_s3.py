@@ -9,13 +9,13 @@ import pytest
 
 from iqpir.training import checkpoint
 from iqpir.training.checkpoint import MANIFEST
-from pipeline.checkpoints import fetch_checkpoint
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
-from pipeline.feed import FeedConfig
 from pipeline.stage1 import train_stage1
 from pipeline.stage2 import train_stage2
 from pipeline.storage import Storage
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.feed import FeedConfig
 from tests.chain import HERE, Chain, make_data, write_pictures
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.commits.plan import extend_plan, read_generations
 from pipeline.corpus import Corpus
-from pipeline.plan import extend_plan, read_generations
 from pipeline.shard import ShardConfig, ShardResult
-from pipeline.shard_unit import ShardWork
+from pipeline.sharding.shard_unit import ShardWork
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.sources.inputs import Listing, table_of
 from pipeline.storage import Entry, Storage
@@ -107,7 +107,7 @@ MEMORY = r"""
 import re, sys
 from pathlib import Path
 from tests.pipeline.corpus.test_plan import entries
-from pipeline.plan import extend_plan
+from pipeline.commits.plan import extend_plan
 from pipeline.shard import ShardConfig
 from pipeline.storage import Storage
 def peak():

@@ -13,9 +13,9 @@ from PIL import Image
 from iqpir.errors import PermanentError, UsageError
 from iqpir.pixels import PixelPolicy, decode
 from pipeline.corpus import Corpus
-from pipeline.crops import CropPolicy
 from pipeline.layout import SAMPLES, from_parquet
 from pipeline.shard import ShardConfig, ShardResult, shard
+from pipeline.sharding.crops import CropPolicy
 from pipeline.storage import Storage
 from pipeline.verify import VerifyConfig, verify
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iqpir.errors import UsageError
-from pipeline.crops import CropPolicy, choose_windows, cut
-from pipeline.tar import TarError, TarWriter, read_members
+from pipeline.sharding.crops import CropPolicy, choose_windows, cut
+from pipeline.sharding.tar import TarError, TarWriter, read_members
 
 
 def write(path: Path, members: dict[str, bytes]) -> list[int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from iqpir.errors import IncompleteError, PermanentError, UsageError, VerificationError
-from pipeline.records import commit, finished
+from pipeline.commits.records import commit, finished
+from pipeline.commits.units import SchedulingConfig, run_units, schedule, uses_ray
 from pipeline.storage import Storage
-from pipeline.units import SchedulingConfig, run_units, schedule, uses_ray
 
 
 @dataclass(frozen=True)

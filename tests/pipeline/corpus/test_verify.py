@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from iqpir.errors import UsageError, VerificationError
+from pipeline.commits.records import commit
 from pipeline.corpus import Corpus
 from pipeline.documents import publish_table
 from pipeline.gc import GcConfig, gc
@@ -23,7 +24,6 @@ from pipeline.layout import (
     to_json,
     to_parquet,
 )
-from pipeline.records import commit
 from pipeline.shard import ShardResult
 from pipeline.status import StatusConfig, status
 from pipeline.verify import VerifyConfig, verify

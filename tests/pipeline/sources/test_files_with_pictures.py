@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from iqpir.errors import UsageError
+from pipeline.commits.plan import extend_plan
 from pipeline.corpus import Corpus
-from pipeline.plan import extend_plan
 from pipeline.shard import ShardConfig, ShardResult
-from pipeline.shard_unit import ShardWork
+from pipeline.sharding.shard_unit import ShardWork
 from pipeline.sources import parquet_files
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.sources.http import HttpConfig

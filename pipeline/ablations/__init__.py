@@ -1,0 +1,1 @@
+"""Rows, table and charts of jobs/ablation.py."""

@@ -1,0 +1,1 @@
+"""Hashes of samples, and the clusters of those that are alike."""

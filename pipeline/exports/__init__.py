@@ -1,0 +1,1 @@
+"""The forms that a view is written in for other loaders."""

@@ -1,0 +1,1 @@
+"""How restored pictures are judged."""

@@ -1,0 +1,1 @@
+"""The registered model: how it is packed, checked in a clean process, and compared."""

@@ -1,0 +1,1 @@
+"""The pages and charts of jobs/report.py."""

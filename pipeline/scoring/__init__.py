@@ -1,0 +1,1 @@
+"""Scores, their tables, their calibration, and whether they have drifted."""

@@ -1,0 +1,181 @@
+"""Score one unit with the metrics it lacks, and commit each metric alone; metrics are loaded once a process."""
+
+import functools
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from iqpir.errors import VerificationError
+from pipeline.commits.manifest import ManifestUnit
+from pipeline.commits.records import commit
+from pipeline.corpus import Corpus
+from pipeline.layout import SCORES, TILED_SCORES, scores_path
+from pipeline.metrics import Metric, find_metrics, scorer_digest
+from pipeline.scoring.batches import LoadedMetric, Scored
+from pipeline.scoring.cascade import SKIPPED
+from pipeline.scoring.passes import Scoring, score_samples
+from pipeline.scoring.tables import read_table
+from pipeline.scoring.tiling import TileScores
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """A unit and the metrics that have no record for it."""
+
+    unit: ManifestUnit
+    metrics: tuple[str, ...]
+    compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Metric that a gate compares and that is scored already -> its table (``ObjectRef.to_dict``)."""
+
+    @property
+    def unit_id(self) -> str:
+        """Of the unit."""
+        return self.unit.unit_id
+
+    @property
+    def ordinal(self) -> int:
+        """Of the unit."""
+        return self.unit.ordinal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePlan:
+    """What is the same for every unit of a pass; picklable."""
+
+    how: Scoring
+    device: str
+    weights_uri: str
+
+
+def prove_metrics(
+    names: Sequence[str], weights_uri: str = "", *, commercial_safe: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Build each metric on the CPU and return what decides its scores, the digest of its weights among it.
+
+    Raises:
+        UsageError: an unknown name, a refused licence, or weights that are absent (naming file and place).
+    """
+    return {
+        metric.name: {**metric.facts(), "weights_sha256": load_metric(metric.name, "cpu", weights_uri).weights_sha256}
+        for metric in find_metrics(names, commercial_safe=commercial_safe)
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def load_metric(name: str, device: str, weights_uri: str) -> LoadedMetric:
+    """A metric on a device, built once per process; its weights' digest is taken before it has run."""
+    metric = find_metrics([name])[0]
+    scorer = metric.scorer(device, weights_uri or None)
+    return LoadedMetric(metric, scorer, device, scorer_digest(scorer))
+
+
+@dataclass(frozen=True)
+class UnitScorer:
+    """Scores a unit with the metrics it lacks and commits each metric alone; picklable."""
+
+    storage: Storage
+    declared: dict[str, dict[str, Any]]
+    plan: ScorePlan
+
+    def __call__(self, task: ScoreTask) -> dict[str, dict[str, int]]:
+        """Metric -> counts of samples scored, failed and skipped."""
+        corpus, plan = Corpus(self.storage), self.plan
+        columns = ["key", "shard", "byte_offset", "byte_size", "sha256"]
+        rows = corpus.unit_samples(task.unit, columns).to_pylist()
+        metrics = [self._loaded(name) for name in task.metrics]
+        known = {name: _raw_by_key(read_table(corpus, table)) for name, table in task.compared.items()}
+        results = score_samples(corpus, rows, metrics, plan.how, known)
+        return {
+            loaded.metric.name: self._commit(corpus, task.unit, loaded.metric, rows, results[loaded.metric.name])
+            for loaded in metrics
+        }
+
+    def _loaded(self, name: str) -> LoadedMetric:
+        """The metric on this worker.
+
+        Raises:
+            VerificationError: it has other weights than the fingerprint says.
+        """
+        loaded = load_metric(name, self.plan.device, self.plan.weights_uri)
+        declared = self.declared[name]["weights_sha256"]
+        if loaded.weights_sha256 != declared:
+            raise VerificationError(
+                f"Metric {name} has the weights {loaded.weights_sha256[:12]} on {socket.gethostname()}, "
+                f"the driver has {declared[:12]}.",
+                "Empty that machine's cache of weights, or give every machine the same weights_uri.",
+            )
+        return loaded
+
+    def _commit(
+        self,
+        corpus: Corpus,
+        unit: ManifestUnit,
+        metric: Metric,
+        rows: list[dict[str, Any]],
+        results: Mapping[str, Scored],
+    ) -> dict[str, int]:
+        """Store one metric's table, then its commit record; returns counts of scored, failed and skipped."""
+        facts = self.declared[metric.name]
+        fingerprint = str(facts["fingerprint"])
+        reference = corpus.publish_table(
+            _table(rows, results, tiled=self.plan.how.tiling.size > 0),
+            lambda sha256: scores_path(metric.name, fingerprint, unit.ordinal, sha256),
+            self._footer(metric, facts),
+        )
+        skipped = sum(scored.status == SKIPPED for scored in results.values())
+        failed = sum(scored.raw is None for scored in results.values()) - skipped
+        record = {
+            "metric": metric.name,
+            "objects": [reference.to_dict()],
+            "samples": len(rows),
+            "success": len(rows) - failed - skipped,
+            "failed": failed,
+            **({"skipped": skipped} if "cascade" in facts else {}),
+        }
+        commit(corpus.storage, f"score-{metric.name}", fingerprint, unit.unit_id, record)
+        return {"scored": len(rows) - failed - skipped, "failed": failed, "skipped": skipped}
+
+    def _footer(self, metric: Metric, facts: Mapping[str, Any]) -> dict[str, str]:
+        """Where the numbers of a file come from, in its own footer."""
+        batches = {"pixels": self.plan.how.batch_pixels, "pictures": "many" if metric.batchable else "one"}
+        provenance = {**facts, "dtype": "float32", "device": self.plan.device, "batch": batches}
+        return {
+            "metric": metric.name,
+            "fingerprint": str(facts["fingerprint"]),
+            "version": metric.version,
+            "provenance": json.dumps(provenance, sort_keys=True),
+        }
+
+
+def _raw_by_key(table: pa.Table) -> dict[str, float | None]:
+    return dict(zip(table["key"].to_pylist(), table["raw"].to_pylist(), strict=True))
+
+
+def _table(rows: list[dict[str, Any]], results: Mapping[str, Scored], *, tiled: bool) -> pa.Table:
+    """``SCORES`` (or ``TILED_SCORES``) rows in the order of the samples; every sample has one."""
+    schema = TILED_SCORES if tiled else SCORES
+    found = [
+        {
+            "key": row["key"],
+            "sample_sha256": row["sha256"],
+            "raw": scored.raw,
+            "status": scored.status,
+            "error_code": scored.error_code or None,
+            "seconds": scored.seconds,
+            **(_tile_columns(scored.tiles) if tiled else {}),
+        }
+        for row in rows
+        for scored in [results[row["key"]]]
+    ]
+    return pa.Table.from_pylist(found, schema)
+
+
+def _tile_columns(tiles: TileScores | None) -> dict[str, Any]:
+    if tiles is None:
+        return {}
+    return {"tiles": tiles.tiles, "tile_mean": tiles.mean, "tile_p10": tiles.p10, "tile_min": tiles.min}

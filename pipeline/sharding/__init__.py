@@ -1,0 +1,1 @@
+"""What happens to one unit of inputs: read, decode, judge, crop, write a tar."""

@@ -1,0 +1,1 @@
+"""The two kinds of storage behind ``pipeline.storage``: folders and object stores."""

@@ -1,0 +1,1 @@
+"""What the trainings of all stages share: configuration, driver, workers, feeds, checkpoints."""

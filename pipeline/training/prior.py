@@ -1,0 +1,40 @@
+"""The quality prior of a view: its calibrated differentiable metrics, as one frozen module."""
+
+import torch
+
+from iqpir.errors import UsageError
+from iqpir.quality_prior import PiecewiseLinear, QualityPrior
+from pipeline.corpus import Corpus
+from pipeline.metrics import find_metrics
+from pipeline.scoring.calibration import read_calibration
+from pipeline.view import View, read_view
+
+
+def check_prior(corpus: Corpus, view: View, names: list[str]) -> None:
+    """Prove in the driver that the prior can be built.
+
+    Raises:
+        UsageError: an unknown metric, one without gradient, or one the labels were not made with.
+    """
+    build_prior(corpus, view.reference, names, torch.device("cpu"))
+
+
+def build_prior(corpus: Corpus, reference: str, names: list[str], device: torch.device) -> QualityPrior:
+    """Mean of the calibrated metrics ``names``, with the maps that made the view's labels.
+
+    Raises:
+        UsageError: as for ``check_prior``.
+    """
+    view = read_view(corpus, reference)
+    calibration = read_calibration(corpus, view.facts["calibration_name"])
+    maps = {}
+    for name in names:
+        if name not in calibration.metrics:
+            raise UsageError(
+                f"The labels of view {view.reference} have no metric {name!r}.",
+                f"Choose among {', '.join(calibration.metrics)}, or score and label with {name} first.",
+            )
+        found = calibration.metrics[name]
+        maps[name] = PiecewiseLinear(found.knots, found.values)
+    scorers = {metric.name: metric.scorer(device) for metric in find_metrics(names)}
+    return QualityPrior(scorers, maps).to(device)
