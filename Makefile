@@ -12,7 +12,7 @@ BIN := .venv/bin
 # Two processes of tests: most tests compute on one thread. `make test PROCESSES=0` runs them in one.
 PROCESSES ?= 2
 PYTEST := $(BIN)/pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
-CHECKED := iqpir pipeline jobs tests infra
+CHECKED := iqpir pipeline jobs tests infra docs
 comma := ,
 # Threads that wait sleep instead of spinning: beside other work, spinning made a training step 15 times slower.
 export OMP_WAIT_POLICY ?= PASSIVE

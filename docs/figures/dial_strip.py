@@ -17,12 +17,12 @@ from iqpir.degradation.reference import degrade
 from iqpir.pixels import PixelPolicy, decode
 from iqpir.restorer import Restorer
 from iqpir.training import checkpoint
-from pipeline.scoring.calibration import read_calibration
-from pipeline.training.checkpoints import fetch_checkpoint
 from pipeline.corpus import Corpus
 from pipeline.evaluate import EvaluateConfig
-from pipeline.training.feed import Picture, fit_picture
 from pipeline.judging.judge import Judge
+from pipeline.scoring.calibration import read_calibration
+from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.feed import Picture, fit_picture
 from pipeline.training.shard_cache import ShardCache
 from pipeline.view import read_view
 
