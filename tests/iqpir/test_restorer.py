@@ -26,6 +26,7 @@ class Passthrough(nn.Module):
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
         self.config = preset("tiny32")
+        self.generator = nn.Identity()
         self.gain = gain
         self.seen: list[tuple[tuple[int, ...], list[Any], float]] = []
 
