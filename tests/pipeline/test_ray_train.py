@@ -1,11 +1,8 @@
 """Ray Train: two workers learn what one does, and the death of one costs no step and no second MLflow run."""
 
 import dataclasses
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
@@ -13,10 +10,11 @@ from safetensors.torch import load_file
 from iqpir.errors import UsageError
 from iqpir.networks.codebook import EmaConfig
 from iqpir.training import checkpoint
-from iqpir.training.checkpoint import MANIFEST
-from pipeline.stage1 import train_stage1
+from pipeline.stage1 import prepare, train_stage1
+from pipeline.training.driver import run_training
 from pipeline.training.launch import Workers
 from tests.chain import STAGE1, Chain
+from tests.pipeline.mortal_training import DIES_AFTER, GRAVE, mortal_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 TWO = Workers(count=2, cpus=1.0)
@@ -58,32 +56,12 @@ def test_two_workers_learn_what_one_does(chain: Chain) -> None:
     assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-3)
 
 
-class Assassin(threading.Thread):
-    """Kills one training worker of Ray as soon as the run has a checkpoint."""
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(daemon=True)
-        self.run_folder, self.killed = run, 0
-
-    def run(self) -> None:
-        deadline = time.monotonic() + 120
-        while not self.killed and time.monotonic() < deadline:
-            if any(self.run_folder.glob(f"checkpoints/step_*/{MANIFEST}")):
-                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
-                workers[-1].kill()
-                self.killed = workers[-1].pid
-            time.sleep(0.01)
-
-
 def test_a_dead_worker_is_replaced_and_nothing_is_lost(chain: Chain) -> None:
     settings = chain.data.stage1("killed", launcher="ray", workers=TWO, steps=30, checkpoint_every=5)
-    assassin = Assassin(Path(settings.run_url))
-    assassin.start()
-    result = train_stage1(settings)
-    assassin.join()
-    assert assassin.killed
+    result = run_training(settings, prepare, mortal_worker)
+    assert (Path(settings.run_url) / GRAVE).exists()
     assert (result.status, result.step) == ("done", 30)
-    assert 5 <= result.resumed_from < 30 and result.resumed_from % 5 == 0
+    assert result.resumed_from == DIES_AFTER // 5 * 5
     assert checkpoint.load(Path(result.checkpoint)).metadata["samples_seen"] == 120
     assert runs_of(chain, "killed") == [result.mlflow_run]
     steps = logged_steps(chain, result.mlflow_run)
