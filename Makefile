@@ -54,7 +54,7 @@ test: static ## Everything: the static checks and all tests
 	@$(PYTEST)
 
 demo: env ## The whole chain on sample pictures, or on yours: make demo INPUT=/a/folder
-	@$(BIN)/python jobs/demo.py $(if $(INPUT),--input $(INPUT))
+	@$(BIN)/python jobs/demo.py $(if $(INPUT),--input '$(subst ','\'',$(INPUT))')
 
 format: env ## Rewrite the code in the one format
 	@$(BIN)/ruff check --fix $(CHECKED)

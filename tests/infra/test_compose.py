@@ -120,6 +120,18 @@ def test_ray_asks_for_a_token_everywhere() -> None:
         assert SERVICES[name]["environment"]["RAY_AUTH_MODE"] == "token"
 
 
+def test_the_nodes_work_in_a_bucket_that_is_made_for_them() -> None:
+    for name in ("ray-head", "ray-worker"):
+        workspace = SERVICES[name]["environment"]["IQPIR_WORKSPACE"]
+        assert workspace.removeprefix("s3://") in SERVICES["buckets"]["command"]
+
+
+def test_nothing_shortens_the_requests_that_carry_a_model() -> None:
+    """Values of the environment win over what a job sets: seconds would end every upload."""
+    settings = {key for service in SERVICES.values() for key in service.get("environment", {})}
+    assert not {key for key in settings if key.startswith("MLFLOW_HTTP_REQUEST")}
+
+
 def test_the_object_store_of_models_is_not_that_of_pictures() -> None:
     assert SERVICES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"].startswith("s3://mlflow/")
     assert SERVICES["buckets"]["command"][-2:] == ["iqpir", "mlflow"]

@@ -2,11 +2,13 @@
 
 import fnmatch
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from tests.infra.strict_schema import ROOT
@@ -82,6 +84,15 @@ def test_the_image_has_the_versions_that_are_tested() -> None:
     extras = re.search(r"^ARG EXTRAS=(.+)$", text, re.MULTILINE)
     assert extras
     assert set(extras.group(1).split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_image_has_the_perceptual_loss_that_recipes_name() -> None:
+    recipes = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "jobs/recipes").glob("*.yaml"))]
+    wanted = {section.get("perceptual") for recipe in recipes for section in recipe.values()}
+    assert "lpips" in wanted
+    (extras,) = re.findall(r"^ARG EXTRAS=(.+)$", DOCKERFILES[0].read_text(), re.MULTILINE)
+    installed = [entry for extra in extras.split(",") for entry in PROJECT["optional-dependencies"][extra]]
+    assert "lpips" in {Requirement(entry).name for entry in installed}
 
 
 def test_every_direct_dependency_is_pinned_to_an_allowed_version() -> None:
@@ -162,5 +173,7 @@ def test_make_demo_passes_the_users_pictures_on() -> None:
     stamp = re.search(r"(\.venv/\.installed-\S+)", make("-n", "-p", "demo"))
     assert stamp
     commands = make("-n", "-o", stamp.group(1), "demo", "INPUT=s3://bucket/pictures")
-    assert commands.strip().splitlines()[-1] == ".venv/bin/python jobs/demo.py --input s3://bucket/pictures"
+    assert shlex.split(commands.strip().splitlines()[-1])[1:] == ["jobs/demo.py", "--input", "s3://bucket/pictures"]
+    spaced = make("-n", "-o", stamp.group(1), "demo", "INPUT=/my photos/it's 2026")
+    assert shlex.split(spaced.strip().splitlines()[-1])[1:] == ["jobs/demo.py", "--input", "/my photos/it's 2026"]
     assert "--input" not in make("-n", "-o", stamp.group(1), "demo")

@@ -2,19 +2,24 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from iqpir.errors import UsageError
 from tests.infra.strict_schema import ROOT, crd_folder, errors, load_manifests, load_schema
+from tests.jobs.scripts import job
 
 KUBERAY = ROOT / "infra" / "kuberay"
 FILES = sorted(KUBERAY.glob("*.yaml"))
 MANIFESTS = [(path, manifest) for path in FILES for manifest in load_manifests(path)]
 RAY = [(path, manifest) for path, manifest in MANIFESTS if manifest["apiVersion"] == "ray.io/v1"]
 IDS = [f"{path.name}:{manifest['kind']}" for path, manifest in RAY]
+JOBS = [(path, manifest) for path, manifest in RAY if manifest["kind"] == "RayJob"]
+JOB_IDS = [path.name for path, _ in JOBS]
 
 
 def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +142,69 @@ def test_the_ray_of_the_manifests_is_the_ray_of_the_image(path: Path, manifest: 
     assert cluster_spec(manifest)["rayVersion"] == pinned.group(1)
 
 
-@pytest.mark.parametrize(("path", "manifest"), [entry for entry in RAY if entry[1]["kind"] == "RayJob"])
-def test_entry_points_name_jobs_and_recipes_that_exist(path: Path, manifest: dict[str, Any]) -> None:
-    program, script, *arguments = manifest["spec"]["entrypoint"].split()
+def entry_point(manifest: dict[str, Any]) -> tuple[str, list[str]]:
+    """Name and arguments of the job that a RayJob starts."""
+    program, script, *arguments = shlex.split(manifest["spec"]["entrypoint"])
     assert program == "python"
-    named = [script, *(argument for argument in arguments if argument.endswith(".yaml"))]
-    missing = [name for name in named if not (ROOT / name).is_file()]
-    assert not missing, f"{path.name} starts {missing}, which are not in the repository"
+    assert Path(script).parent == Path("jobs")
+    return Path(script).stem, arguments
+
+
+def read_entry_point(manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The configuration that the job makes of its entry point, where the image starts it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("IQPIR_WORKSPACE", "s3://bucket-for-corpora")
+    name, arguments = entry_point(manifest)
+    return job(name).parse(*arguments)
+
+
+@pytest.mark.parametrize(("path", "manifest"), JOBS, ids=JOB_IDS)
+def test_each_entry_point_is_understood_by_its_job(
+    path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_entry_point(manifest, monkeypatch)
+    assert config.corpus.startswith("s3://bucket-for-corpora/"), "what a pod writes elsewhere is gone with it"
+
+
+def test_an_entry_point_with_an_unknown_flag_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = copy.deepcopy(JOBS[0][1])
+    manifest["spec"]["entrypoint"] += " --num_workers 3"
+    with pytest.raises(UsageError, match="num_workers"):
+        read_entry_point(manifest, monkeypatch)
+
+
+def resources(group: dict[str, Any]) -> dict[str, float]:
+    """What one pod of a group gives Ray."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return {"cpus": float(limits["cpu"]), "gpus": float(limits.get("nvidia.com/gpu", 0))}
+
+
+def test_the_training_job_has_a_node_for_each_worker_of_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    (manifest,) = [manifest for path, manifest in JOBS if path.name == "rayjob-stage2.yaml"]
+    workers = read_entry_point(manifest, monkeypatch).workers
+    (group,) = cluster_spec(manifest)["workerGroupSpecs"]
+    assert group["replicas"] == workers.count <= group["maxReplicas"]
+    assert workers.gpus == "yes" and resources(group)["gpus"] == 1
+    assert workers.cpus <= resources(group)["cpus"]
+
+
+def test_the_scoring_job_asks_for_what_its_nodes_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    (manifest,) = [manifest for path, manifest in JOBS if path.name == "rayjob-score.yaml"]
+    config = read_entry_point(manifest, monkeypatch)
+    (group,) = cluster_spec(manifest)["workerGroupSpecs"]
+    assert config.device == "cpu" and config.scheduling.gpus == 0
+    wanted = config.scheduling.workers * config.scheduling.cpus
+    assert wanted == group["maxReplicas"] * resources(group)["cpus"], "grows to all its nodes, and no further"
+
+
+@pytest.mark.parametrize(("path", "manifest"), RAY, ids=IDS)
+def test_every_pod_of_ray_has_the_workspace_of_the_recipes(path: Path, manifest: dict[str, Any]) -> None:
+    cluster = cluster_spec(manifest)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        (entry,) = [entry for entry in container["env"] if entry["name"] == "IQPIR_WORKSPACE"]
+        assert entry["valueFrom"] == {"secretKeyRef": {"name": "iqpir-storage", "key": "IQPIR_WORKSPACE"}}
+    assert "--from-literal=IQPIR_WORKSPACE=s3://" in (ROOT / "infra/README.md").read_text()
 
 
 def test_there_is_always_room_for_a_driver_on_the_head() -> None:

@@ -35,6 +35,10 @@ def test_the_cluster_is_closed() -> None:
         assert all(disk["Ebs"]["Encrypted"] for disk in kind["node_config"]["BlockDeviceMappings"])
 
 
+def test_every_machine_has_the_workspace_of_the_recipes() -> None:
+    assert any(option.startswith("--env IQPIR_WORKSPACE=s3://") for option in CLUSTER["docker"]["run_options"])
+
+
 def test_no_token_is_part_of_a_command() -> None:
     commands = (
         CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"] + CLUSTER["docker"]["run_options"]
