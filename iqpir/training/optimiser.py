@@ -100,7 +100,9 @@ def apply_gradients(config: OptimiserConfig, optimiser: torch.optim.Optimizer, s
     """One optimiser step with the learning rate of ``step``; the gradients are used up."""
     for group in optimiser.param_groups:
         group["lr"] = config.learning_rate_at(step) * group.get("rate", 1.0)
-        if config.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(group["params"], config.gradient_clip, foreach=True)
+    if config.gradient_clip:
+        # All groups at once: clipped apart, their gradients would keep another direction and a larger norm.
+        everything = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(everything, config.gradient_clip, foreach=True)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)

@@ -80,6 +80,17 @@ def test_clipping_bounds_the_norm_of_all_gradients() -> None:
     assert moments == pytest.approx([0.06, 0.08], rel=1e-4)
 
 
+def test_clipping_bounds_the_norm_over_groups_of_another_rate() -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    config = OptimiserConfig(gradient_clip=1.0)
+    optimiser = build_optimiser(config, [first, second])
+    hasten(optimiser, [second], 10.0)
+    first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    apply_gradients(config, optimiser, step=0)
+    moments = [optimiser.state[p]["exp_avg"].item() for p in (first, second)]
+    assert moments == pytest.approx([0.06, 0.08], rel=1e-4)
+
+
 def test_averages_follow_trained_weights_and_copy_named_codebooks(tiny: ModuleType) -> None:
     network = tiny.network()
     freeze_except(network, ("encoder",))
