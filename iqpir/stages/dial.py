@@ -47,24 +47,28 @@ def random_wish(quality: Tensor, chosen: Tensor, places: Tensor, between: tuple[
     return Order(wanted, torch.where(chosen, weight, 1.0), chosen)
 
 
-def jittered(pictures: Tensor, reach: int, generator: torch.Generator) -> Tensor:
-    """Each picture [B,3,H,W] shifted by up to ``reach`` pixels each way (edges reflected), and mirrored at random.
+def draw_jitter(count: int, reach: int, generator: torch.Generator) -> Tensor:
+    """int64 [count,3] on the CPU: rows and columns in [0, 2 * reach] to shift by, and whether to mirror."""
+    corners = torch.randint(2 * reach + 1, (count, 2), generator=generator)
+    return torch.cat([corners, torch.randint(2, (count, 1), generator=generator)], dim=1)
+
+
+def jittered(pictures: Tensor, reach: int, moves: Tensor) -> Tensor:
+    """Each picture [B,3,H,W] shifted by up to ``reach`` pixels each way (edges reflected), and mirrored or not.
 
     Nothing that a person calls quality changes; a pattern that only pleases on one grid loses its place.
 
     Args:
         pictures: any range; H and W above ``reach``.
         reach: in pixels, at least 1.
-        generator: on the CPU; decides shifts and mirrorings.
+        moves: [B,3] from ``draw_jitter`` of the same reach.
     """
     height, width = pictures.shape[-2:]
     padded = functional.pad(pictures, (reach, reach, reach, reach), mode="reflect")
-    corners = torch.randint(2 * reach + 1, (len(pictures), 2), generator=generator).tolist()
-    mirrored = torch.randint(2, (len(pictures),), generator=generator).tolist()
     moved = [
         picture[:, top : top + height, left : left + width].flip(-1)
         if mirror
         else picture[:, top : top + height, left : left + width]
-        for picture, (top, left), mirror in zip(padded, corners, mirrored, strict=True)
+        for picture, (top, left, mirror) in zip(padded, moves.tolist(), strict=True)
     ]
     return torch.stack(moved)

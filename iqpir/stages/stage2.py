@@ -25,7 +25,7 @@ from iqpir.stages.code_targets import (
     require_same_codebooks,
     target_codes,
 )
-from iqpir.stages.dial import Order, jittered, own_quality, random_wish
+from iqpir.stages.dial import Order, draw_jitter, jittered, own_quality, random_wish
 from iqpir.stages.telemetry import code_health, count_codes, freeze_except, montage
 from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.ema import Ema
@@ -225,12 +225,23 @@ class Stage2:
         config = self.config
         if config.dial_fraction == 0 or not judged:
             return own_quality(batch.quality)
-        # Drawn for the global batch: the same sample is asked for the same at any number of ranks.
         draws = torch.rand(2, len(batch) * self.distributed.world_size, generator=state.generator(_DIAL))
-        begin = self.distributed.rank * len(batch)
-        chance, places = draws[:, begin : begin + len(batch)].to(batch.quality.device)
+        chance, places = draws[:, self._own(batch)].to(batch.quality.device)
         chosen = chance < config.dial_fraction
         return random_wish(batch.quality, chosen, places, config.dial_range, config.dial_code_weight)
+
+    def _own(self, batch: Batch) -> slice:
+        """This rank's slots of the global batch.
+
+        Draws are made for the global batch: the same sample gets the same at any number of ranks.
+        """
+        begin = self.distributed.rank * len(batch)
+        return slice(begin, begin + len(batch))
+
+    def _moves(self, state: TrainState, batch: Batch) -> Tensor:
+        """How each sample's judged picture is moved in this step: see ``draw_jitter``."""
+        count = len(batch) * self.distributed.world_size
+        return draw_jitter(count, self.config.quality_jitter, state.generator(_JITTER))[self._own(batch)]
 
     def _quality_losses(
         self, prior: nn.Module, state: TrainState, predicted: Prediction, order: Order, batch: Batch
@@ -252,7 +263,7 @@ class Stage2:
             restored = keep_tones(restored.float(), batch.degraded[chosen], network.config.tones)
         seen = to_unit_range(restored)
         if config.quality_jitter:
-            seen = jittered(seen, config.quality_jitter, state.generator(_JITTER))
+            seen = jittered(seen, config.quality_jitter, self._moves(state, batch)[chosen.cpu()])
         measured: Tensor = prior(seen)
         asked = consensus(quality) if config.quality_target == "match" else None
         losses = {"quality_loss": config.quality_weight * quality_loss(measured, asked)}

@@ -15,9 +15,10 @@ from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import QuantiserConfig
 from iqpir.stages.adversary import AdversaryConfig
 from iqpir.stages.batch import Batch
-from iqpir.stages.dial import jittered, own_quality, random_wish
+from iqpir.stages.dial import draw_jitter, jittered, own_quality, random_wish
 from iqpir.stages.stage1 import Stage1
 from iqpir.stages.stage2 import Stage2, Stage2Config
+from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.order import sample_at
 
 
@@ -39,13 +40,42 @@ def test_without_a_dial_everything_is_the_samples_own() -> None:
 
 def test_jitter_moves_pictures_and_invents_no_pixel() -> None:
     pictures = torch.arange(2 * 3 * 12 * 12.0).view(2, 3, 12, 12)
-    moved = [jittered(pictures, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    moves = [draw_jitter(2, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    moved = [jittered(pictures, 3, drawn) for drawn in moves]
     assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
     for before, after in zip(pictures, moved[0], strict=True):
         assert set(after.flatten().tolist()) <= set(before.flatten().tolist())
         crops = [after[:, 3:-3, 3:-3], after[:, 3:-3, 3:-3].flip(-1)]
         places = before.unfold(1, 6, 1).unfold(2, 6, 1)
         assert any((places == crop[:, None, None]).all(dim=(0, 3, 4)).any() for crop in crops)
+
+
+def test_a_sample_is_judged_alike_at_any_number_of_ranks(tiny: ModuleType) -> None:
+    """The judged pictures of both ranks are, slot by slot, those of one rank with the global batch."""
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def forward(self, unit: Tensor) -> Tensor:
+            self.seen.append(unit.detach())
+            return unit.mean(dim=(1, 2, 3))
+
+    def judged(index: Tensor, ranks: Distributed) -> Tensor:
+        prior = Recording()
+        config = Stage2Config(optimiser=tiny.RATE, quality_jitter=3)
+        made = Stage2(config, quality_prior=prior, teacher=tiny.network())
+        state = made.initial_state(tiny.network(), seed=tiny.SEED)
+        # Weights need no process group to be those of rank 0 here, and one step is judged before any gradient.
+        made.distributed = ranks
+        made.step(state, tiny.batch(index))
+        return prior.seen[0]
+
+    index = torch.arange(6)
+    alone = judged(index, SINGLE)
+    both = [judged(index[3 * rank : 3 * rank + 3], Distributed(rank=rank, world_size=2)) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat(both), alone, atol=1e-5, rtol=0)
 
 
 def textured(tiny: ModuleType, index: Tensor) -> Batch:

@@ -42,7 +42,9 @@ def make_stage(name: str, ranks: Distributed) -> Stage1 | Stage2 | Stage3:
         config = tiny.stage1_config(codebook_ema=tiny.EmaConfig(revive_every=0, decay=0.9, kmeans_iterations=0))
         return Stage1(config, perceptual=tiny.smooth_l2, distributed=ranks)
     if name == "stage2":
-        config = Stage2Config(optimiser=tiny.RATE, quality_grad="logits", quality_target="match", dial_fraction=0.5)
+        config = Stage2Config(
+            optimiser=tiny.RATE, quality_grad="logits", quality_target="match", dial_fraction=0.5, quality_jitter=2
+        )
         return Stage2(config, quality_prior=tiny.Sharpness(), teacher=network(), distributed=ranks)
     config = Stage3Config(
         optimiser=tiny.RATE,
