@@ -119,19 +119,23 @@ class PiecewiseLinear(nn.Module):
     Between knots it is linear. Beyond the outermost knots it does not stop: it goes on with the slope of the
     outermost segment and bends hyperbolically towards 0 and 1, which it never reaches. So a picture worse
     than the whole reference set still has a gradient that leads back, one that fades slowly, and an
-    out-of-range score has a value strictly inside (0, 1). Where the outermost value is 0 or 1 itself there is
-    no room left: the map is constant there, its gradient zero (``minmax`` and ``range`` calibrations).
+    out-of-range score has a value strictly inside (0, 1). Where the outermost value is 0 or 1 itself
+    (``minmax`` and ``range`` calibrations) there is no room left: the map is constant there, its gradient zero.
+    With ``open_ends`` it goes straight on instead, out of [0, 1], as the paper's unclamped minmax does.
     """
 
     knots: Tensor
     values: Tensor
 
-    def __init__(self, knots: Sequence[float] | Tensor, values: Sequence[float] | Tensor) -> None:
+    def __init__(
+        self, knots: Sequence[float] | Tensor, values: Sequence[float] | Tensor, *, open_ends: bool = False
+    ) -> None:
         """Keep the map.
 
         Args:
             knots: strictly increasing scores, 2 or more.
             values: as many numbers in [0, 1], monotone either way.
+            open_ends: beyond an outermost value of 0 or 1 go straight on; for losses.
 
         Raises:
             UsageError: too few knots, lengths that differ, no monotony, or a value outside [0, 1].
@@ -148,9 +152,10 @@ class PiecewiseLinear(nn.Module):
             raise UsageError("Calibrated values must lie in [0, 1].")
         self.register_buffer("knots", x)
         self.register_buffer("values", y)
+        self.open_ends = open_ends
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Scores of any shape -> values in [0, 1], in the scores' dtype (computed in float64)."""
+        """Scores of any shape -> values, in [0, 1] unless ends are open, in the scores' dtype (computed in float64)."""
         x = scores.double()
         right_knot = torch.searchsorted(self.knots, x.detach().contiguous())
         segment = (right_knot - 1).clamp(0, len(self.knots) - 2)
@@ -163,13 +168,13 @@ class PiecewiseLinear(nn.Module):
         result = torch.where(x < self.knots[0], below, torch.where(x > self.knots[-1], above, inside))
         return result.to(scores.dtype)
 
-    @staticmethod
-    def _tail(edge: Tensor, rise: Tensor) -> Tensor:
-        """``edge + rise`` for a small rise, bent so that it stays inside (0, 1); constant at 0 and 1."""
+    def _tail(self, edge: Tensor, rise: Tensor) -> Tensor:
+        """``edge + rise`` for a small rise, bent so that it stays inside (0, 1); constant or straight at 0 and 1."""
         room = 1.0 - edge
         falling = edge / (1.0 - rise.clamp(max=0.0) / edge.clamp(min=1e-12))
         rising = 1.0 - room / (1.0 + rise.clamp(min=0.0) / room.clamp(min=1e-12))
-        return torch.where(rise < 0, falling, rising)
+        bent = torch.where(rise < 0, falling, rising)
+        return torch.where(edge * room == 0, edge + rise, bent) if self.open_ends else bent
 
 
 Scorer = Callable[[Tensor], Tensor]
@@ -191,7 +196,7 @@ class QualityPrior(nn.Module):
         bound: Literal["crop", "resize"] = "crop",
         probe_size: int = 64,
     ) -> None:
-        """Build the ensemble and prove that each metric can steer a picture.
+        """Build the ensemble and prove that each metric, seen through its map, can steer a picture.
 
         Args:
             metrics: name -> scorer, at least one.
@@ -201,7 +206,8 @@ class QualityPrior(nn.Module):
             probe_size: side of the noise picture with which gradients are checked.
 
         Raises:
-            UsageError: no metric, a metric without calibration, or one without gradient (naming it).
+            UsageError: no metric, a metric without calibration, one without gradient, or one whose map has no
+                gradient beyond its ends (naming it).
         """
         super().__init__()
         if not metrics:
@@ -218,6 +224,7 @@ class QualityPrior(nn.Module):
         self.maps = nn.ModuleList(calibrations[name] for name in self.names)
         self.networks.requires_grad_(False)
         self.train(False)
+        self._check_ends(calibrations)
         self._check_gradients(probe_size)
 
     def train(self, mode: bool = True) -> "QualityPrior":
@@ -225,7 +232,7 @@ class QualityPrior(nn.Module):
         return super().train(False)
 
     def scores(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Calibrated score of each metric, in the order of ``names``: [B,3,H,W] -> [B,n], all in [0,1]."""
+        """Calibrated score of each metric, in the order of ``names``: [B,3,H,W] -> [B,n], in [0,1] with closed ends."""
         bounded = self._bounded(pictures, generator)
         columns = [
             calibrate(self._scorers[name](bounded).reshape(-1).float())
@@ -241,7 +248,7 @@ class QualityPrior(nn.Module):
             generator: places the crop at random; without it the crop is central.
 
         Returns:
-            [B] in [0,1], 1 best.
+            [B] in [0,1], 1 best; outside where maps have open ends.
         """
         return self.scores(pictures, generator).mean(dim=1)
 
@@ -262,15 +269,33 @@ class QualityPrior(nn.Module):
         )
         return pictures[..., top : top + self.max_side, left : left + self.max_side]
 
+    def _check_ends(self, calibrations: Mapping[str, PiecewiseLinear]) -> None:
+        """Raise UsageError naming the first metric whose map is constant beyond an end.
+
+        A picture that is worse than all of the reference set, which is what trainings start from, would stay so.
+        """
+        for name in self.names:
+            mapping = calibrations[name]
+            ends = torch.stack([2 * mapping.knots[0] - mapping.knots[1], 2 * mapping.knots[-1] - mapping.knots[-2]])
+            with torch.enable_grad():
+                beyond = ends.detach().requires_grad_(True)
+                (slopes,) = torch.autograd.grad(mapping(beyond).sum(), beyond)
+            if not bool(slopes.all()):
+                raise UsageError(
+                    f"The calibration of {name!r} is constant beyond its ends {mapping.knots[[0, -1]].tolist()}: it "
+                    "cannot steer pictures whose score lies there.",
+                    "Give outermost values inside (0, 1), or PiecewiseLinear's open_ends.",
+                )
+
     def _check_gradients(self, size: int) -> None:
-        """Raise UsageError naming the first metric whose score does not change with the picture."""
+        """Raise UsageError naming the first metric whose calibrated score does not change with the picture."""
         parameter = next(self.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-        for name in self.names:
+        for name, calibrate in zip(self.names, self.maps, strict=True):
             with torch.enable_grad():
                 picture = noise.to(device).requires_grad_(True)
-                score = self._scorers[name](picture)
+                score = calibrate(self._scorers[name](picture).reshape(-1).float())
                 gradient = torch.autograd.grad(score.sum(), picture)[0] if score.requires_grad else None
             if gradient is None or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
                 raise UsageError(

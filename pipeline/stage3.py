@@ -74,6 +74,9 @@ def prepare(training: Stage3Training, corpus: Corpus, view: View) -> Prepared:
     # Stage 2 trained the encoder: the codes are those of the stage 1 that it started from.
     lineage["stage1"] = str(found.metadata["lineage"]["stage1"])
     lineage["stage2"] = str(found.metadata["weights_digest"])
+    if "prior" in found.metadata["lineage"]:
+        # The encoder and the dial still follow the metrics that stage 2 was taught by.
+        lineage["prior"] = str(found.metadata["lineage"]["prior"])
     lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     facts = {"stage2": Storage.open(training.stage2).url}
     facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)

@@ -91,10 +91,12 @@ class FineTuneReport:
 
 
 def rank_quality(device: torch.device | str = "cpu") -> QualityPrior:
-    """The quality prior that needs no corpus: the trained rank network, its score taken as it is."""
-    return QualityPrior({"rank": load_rank_network("rank")}, {"rank": PiecewiseLinear([0.0, 1.0], [0.0, 1.0])}).to(
-        device
-    )
+    """The quality prior that needs no corpus: the trained rank network, its score 0 to 1 taken as 0.02 to 0.98.
+
+    The room above and below is for scores outside 0 to 1, which untrained distortions have: their gradient leads back.
+    """
+    steady = PiecewiseLinear([0.0, 1.0], [0.02, 0.98])
+    return QualityPrior({"rank": load_rank_network("rank")}, {"rank": steady}).to(device)
 
 
 def fine_tune(

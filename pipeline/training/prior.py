@@ -35,6 +35,7 @@ def build_prior(corpus: Corpus, reference: str, names: list[str], device: torch.
                 f"Choose among {', '.join(calibration.metrics)}, or score and label with {name} first.",
             )
         found = calibration.metrics[name]
-        maps[name] = PiecewiseLinear(found.knots, found.values)
+        # The paper's minmax reaches 0 and 1; clamped there, it would not lead back what is worse than the corpus.
+        maps[name] = PiecewiseLinear(found.knots, found.values, open_ends=True)
     scorers = {metric.name: metric.scorer(device) for metric in find_metrics(names)}
     return QualityPrior(scorers, maps).to(device)

@@ -108,6 +108,32 @@ def test_a_map_that_reaches_0_and_1_is_constant_beyond() -> None:
     assert gradient.tolist() == [0.0, 1.0, 0.0]
 
 
+def test_open_ends_go_straight_on_where_the_map_reaches_0_or_1_and_bend_elsewhere() -> None:
+    scores = torch.tensor([-2.0, 0.5, 7.0], requires_grad=True)
+    assert PiecewiseLinear([0.0, 1.0], [0.0, 1.0], open_ends=True)(scores).tolist() == [-2.0, 0.5, 7.0]
+    assert PiecewiseLinear([0.0, 2.0], [1.0, 0.0], open_ends=True)(scores).tolist() == [2.0, 0.75, -2.5]
+    inside = [PiecewiseLinear([0.0, 1.0], [0.1, 0.9], open_ends=ends)(scores) for ends in (False, True)]
+    assert torch.equal(*inside)
+
+
+def test_a_prior_refuses_a_map_that_is_constant_beyond_an_end() -> None:
+    rank = {"rank": load_rank_network()}
+    for values in ([0.0, 0.9], [0.1, 1.0], [1.0, 0.1]):
+        with pytest.raises(UsageError, match=r"calibration of 'rank' is constant beyond its ends \[-1.0, 2.0\]"):
+            QualityPrior(rank, {"rank": PiecewiseLinear([-1.0, 2.0], values)})
+    QualityPrior(rank, {"rank": PiecewiseLinear([-1.0, 2.0], [0.0, 1.0], open_ends=True)})
+
+
+def test_a_metric_is_probed_through_its_map() -> None:
+    """Noise scores 0.5 or so, where this map is flat."""
+
+    def mean(pictures: Tensor) -> Tensor:
+        return pictures.mean((1, 2, 3))
+
+    with pytest.raises(UsageError, match="'mean' gives no gradient"):
+        QualityPrior({"mean": mean}, {"mean": PiecewiseLinear([0.0, 0.1, 0.9, 1.0], [0.1, 0.5, 0.5, 0.9])})
+
+
 @pytest.mark.parametrize(
     ("knots", "values"),
     [([0.0], [0.5]), ([0.0, 0.0], [0.1, 0.2]), ([0.0, 1.0, 2.0], [0.1, 0.5, 0.3]), ([0.0, 1.0], [0.0, 1.2])],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -23,7 +24,10 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
 from pipeline.stage1 import train_stage1
 from pipeline.stage2 import train_stage2
+from pipeline.stage3 import Stage3Training
+from pipeline.stage3 import prepare as prepare_stage3
 from pipeline.training.config import Training, TrainResult
+from pipeline.training.prior import build_prior
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
 
@@ -177,6 +181,16 @@ def test_stage2_is_bound_to_its_stage1_and_codes(chain: Chain, stage2: TrainResu
     assert len(lineage["codes"]) == 64 and lineage["prior"] == "rank"
 
 
+def test_stage3_says_which_metrics_the_prior_of_its_stage2_had(chain: Chain, stage2: TrainResult) -> None:
+    """Evaluation takes from the lineage which metrics are in the loss."""
+    before = chain.data.stage2("stage2", chain.stage1.run)
+    common = {field.name: getattr(before, field.name) for field in dataclasses.fields(Training)}
+    settings = Stage3Training(**{**common, "name": "stage3"}, stage2=stage2.run, perceptual="ssim")
+    corpus = Corpus(chain.data.corpus)
+    lineage = prepare_stage3(settings, corpus, read_view(corpus, chain.data.view)).lineage
+    assert lineage["prior"] == "rank" and lineage["stage2"] == metadata(stage2)["weights_digest"]
+
+
 def test_codes_of_another_stage1_are_refused(chain: Chain) -> None:
     other = train_stage1(chain.data.stage1("other-weights", steps=2, seed=1))
     settings = chain.data.stage2("wrong-codes", other.run)
@@ -194,6 +208,14 @@ def test_a_checkpoint_of_another_calibration_is_refused(chain: Chain, stage2: Tr
     assert not Path(settings.run_url).exists()
     with pytest.raises(VerificationError, match="calibration"):
         evaluate(EvaluateConfig(corpus=data.corpus, view=data.view, checkpoint=stage2.run))
+
+
+def test_the_papers_minmax_steers_what_scores_beyond_the_corpus(chain: Chain) -> None:
+    data = label_and_curate(chain.data.corpus, chain.data.runs, chain.data.tracking_uri, "minmax", calibration="minmax")
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    quality = build_prior(Corpus(data.corpus), data.view, ["rank"], torch.device("cpu"))(noise)
+    (gradient,) = torch.autograd.grad(quality.sum(), noise)
+    assert bool((quality < 0).all()) and bool(gradient.flatten(1).any(dim=1).all())
 
 
 def test_stage1_needs_a_checkpoint_and_a_view(chain: Chain, tmp_path: Path) -> None:

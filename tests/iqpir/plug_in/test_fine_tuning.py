@@ -14,7 +14,7 @@ from iqpir.degradation.parameters import PRESETS, sample_parameters
 from iqpir.errors import PermanentError, UsageError
 from iqpir.plug_in.attached_prior import AttachedPrior, attach_quality_prior, load_quality_prior
 from iqpir.plug_in.fine_tuning import FineTuneConfig, Pairs, rank_quality
-from iqpir.quality_prior import QualityPrior
+from iqpir.quality_prior import QualityPrior, load_rank_network
 from pipeline.torchvision_ops import ensure_torchvision_operators
 from tests.conftest import draw_picture
 
@@ -151,6 +151,14 @@ def reached(prior: AttachedPrior, lq: Tensor) -> None:
         table.grad = None
 
 
+def test_the_prior_without_a_corpus_leads_back_what_scores_outside_0_to_1(quality: QualityPrior) -> None:
+    """Noise scores below 0, and a flat map would leave it there."""
+    noise = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    assert bool((load_rank_network("rank")(noise) < 0).all())
+    (gradient,) = torch.autograd.grad(quality(noise).sum(), noise)
+    assert bool(gradient.flatten(1).any(dim=1).all())
+
+
 def small_host() -> nn.Module:
     torch.manual_seed(7)
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
@@ -172,12 +180,12 @@ def test_the_dial_is_learnt_and_reported_on_pictures_held_back(pairs: list[Pairs
     host = small_host()
     prior = attach_quality_prior(host, ["layers.0", "layers.2"], mode="modulate")
     settings = FineTuneConfig(
-        steps=60, learning_rate=0.05, quality_weight=2.0, dial_fraction=1.0, wish_weight=0.1, train="all"
+        steps=60, learning_rate=0.005, quality_weight=2.0, dial_fraction=1.0, wish_weight=0.1, train="all"
     )
     report = prior.fine_tune(pairs, settings, quality=quality)
     low, middle, high = report.dial
     assert [point.asked for point in report.dial] == [0.05, 0.5, 0.95]
-    assert low.quality < middle.quality < high.quality and high.quality - low.quality > 0.1
+    assert low.quality < middle.quality < high.quality and high.quality - low.quality > 0.3
     assert report.before.asked is None
     # The report judges by a metric that was not in the loss, and by the distance to the good picture.
     judge = {point.judged for point in (report.before, *report.dial)}
