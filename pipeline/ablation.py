@@ -1,10 +1,11 @@
 """Ablations: variants of a recipe, each trained from several seeds and judged on the same held-back pictures.
 
 A run is stage 1 (shared by variants that do not change it), its codes, stage 2 and an evaluation, each by
-the verb that its job runs. A run leaves a row; a row that is there is not made again. Table and figures are
-made from all rows.
+the verb that its job runs. A run leaves a row; a row that is there is not made again, unless code, data or
+settings are others by now. Table and figures are made from all rows.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -136,18 +137,18 @@ def ablation(config: AblationConfig) -> AblationResult:
         IqpirError: what a step raised.
     """
     started = time.monotonic()
-    sections = _sections(config.recipe)
+    sections, code = _sections(config.recipe), code_digest()
     data = prepare(config)
     folder = Storage.open(config.folder)
     rows, skipped = [], 0
     for seed in config.seeds:
         for name, variant in config.variants.items():
-            identity = digest([data.digest, sections, asdict(variant), seed, config.outside], 16)
+            identity = digest([code, data.digest, sections, asdict(variant), seed, config.outside], 16)
             row = read_row(folder, name, seed)
             if row is not None and row.identity == identity:
                 skipped += 1
             else:
-                row = _run(config, data, name, variant, seed, identity)
+                row = replace(_run(config, data, name, variant, seed, code), identity=identity)
                 write_row(folder, row)
             rows.append(row)
             log.info("%d of %d runs", len(rows), len(config.seeds) * len(config.variants))
@@ -183,8 +184,23 @@ def _sections(recipe: str) -> dict[str, Any]:
     return {name: values[name] for name in ("all", *TRAINED) if name in values}
 
 
-def _run(config: AblationConfig, data: Data, name: str, variant: Variant, seed: int, identity: str) -> Row:
-    """Train and evaluate one variant from one seed."""
+def code_digest() -> str:
+    """8 hex digits over the files of both packages, weights included: what else decides a row than data and settings.
+
+    Not the commit, which changes with a document, and does not with a file that is not committed.
+    """
+    found = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for package in ("iqpir", "pipeline"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in (".py", ".safetensors"):
+                found.update(f"{path.relative_to(root).as_posix()}\0".encode())
+                found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:8]
+
+
+def _run(config: AblationConfig, data: Data, name: str, variant: Variant, seed: int, code: str) -> Row:
+    """Train and evaluate one variant from one seed; a run of other code has another name, and is not gone on with."""
     started = time.monotonic()
     steps = Steps(config.recipe)
     training = {
@@ -194,11 +210,11 @@ def _run(config: AblationConfig, data: Data, name: str, variant: Variant, seed: 
         "tracking_uri": config.tracking_uri or tracking_location("", config.folder),
         "seed": str(seed),
     }
-    shared = f"stage1-{digest(variant.stage1, 6)}-{seed}"
+    shared = f"stage1-{digest(variant.stage1, 6)}-{seed}-{code}"
     stage1 = steps.run(train_stage1, Stage1Training, **training, name=shared, **_flags(variant.stage1)).run
     steps.run(encode, EncodeConfig, corpus=data.corpus, stage1=stage1)
-    flags = _flags(variant.stage2)
-    stage2 = steps.run(train_stage2, Stage2Training, **training, name=f"{name}-{seed}", stage1=stage1, **flags).run
+    settings = {**training, "name": f"{name}-{seed}-{code}", "stage1": stage1, **_flags(variant.stage2)}
+    stage2 = steps.run(train_stage2, Stage2Training, **settings).run
     found = {"corpus": data.corpus, "view": data.view, "checkpoint": stage2}
     evaluated = steps.run(evaluate, EvaluateConfig, **found, **_flags(variant.evaluate))
     row = row_of(evaluated, config.outside)
@@ -206,7 +222,6 @@ def _run(config: AblationConfig, data: Data, name: str, variant: Variant, seed: 
         row,
         variant=name,
         seed=seed,
-        identity=identity,
         commit=git_commit().get("git_commit", "no repository"),
         machine=_machine(),
         settings=asdict(variant),

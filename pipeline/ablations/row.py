@@ -21,7 +21,7 @@ class Row:
     """One run: a variant trained from one seed."""
 
     figures: dict[str, float]
-    """At the highest dial setting, and of the curve."""
+    """At the highest dial setting, of the curve, and at its best setting (``best_``)."""
     bases: dict[str, dict[str, float]]
     """``lq`` and ``hq``: quality, each metric and their outside mean; PSNR and SSIM of ``lq``."""
     dial: list[float]
@@ -33,7 +33,7 @@ class Row:
     seed: int = 0
     """Of the training."""
     identity: str = ""
-    """Digest of data, settings and seed."""
+    """Digest of code, data, settings and seed."""
     commit: str = ""
     """Of this repository; ``+changes`` where the files were others."""
     machine: dict[str, str] = field(default_factory=dict)
@@ -67,9 +67,9 @@ def row_of(found: EvaluateResult, outside: Sequence[str]) -> Row:
         "ssim": found.ssim["restored"],
         **{name: values["restored"] for name, values in metrics.items()},
         **{f"hq_{name}": value for name, value in found.high_quality.items()},
-        "best_quality": max(curves["quality"]),
     }
     for name in ("quality", OUTSIDE):
+        figures[f"best_{name}"] = max(curves[name])
         figures[f"{name}_spearman"] = _spearman(settings, curves[name])
         figures[f"{name}_range"] = curves[name][-1] - curves[name][0]
     return Row(figures=figures, bases=_bases(found, outside), dial=settings, curves=curves)

@@ -1,13 +1,14 @@
 """Ablations: what the statistics say, that a run is made once, and that variants differ in what they name only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from iqpir.errors import UsageError
-from pipeline.ablation import AblationConfig, Comparison, Variant, ablation
+from pipeline.ablation import AblationConfig, Comparison, Variant, ablation, code_digest
 from pipeline.ablations.charts import figures
 from pipeline.ablations.row import Row, read_row, write_row
 from pipeline.ablations.table import interval, paired, tables
@@ -21,6 +22,7 @@ SHORT = {"steps": 3, "batch_size": 2, "log_every": 3, "checkpoint_every": 3, "la
 
 def row(variant: str, seed: int, psnr: float) -> Row:
     values = dict.fromkeys((*FIGURES, "outside_range", "rank"), 0.5) | {"psnr": psnr}
+    values |= {"best_quality": 0.8 if variant == "a" else 0.4 + seed / 10, "best_outside": 0.3}
     base = {"quality": 0.2, "outside": 0.3, "rank": 0.4}
     curves = {"quality": [0.1, 0.2, 0.3], "outside": [0.1, 0.1, 0.2], "psnr": [30.0, 29.0, psnr]}
     curves |= {"rank": [0.2, 0.2, 0.6], "ssim": [0.7, 0.7, 0.6]}
@@ -65,6 +67,8 @@ def test_the_table_has_each_variant_its_source_and_each_question() -> None:
     assert "| training pictures (mean) | 0.500 | 0.600 |" in text
     assert "| `a` | **+0.400 ± 0.000** | -4.00 ± 12.71 | **-0.100 ± 0.000** |" in text
     assert "| degraded | 0.200 | 0.300 | 31.00 | 0.800 |" in text
+    assert "| `a` | 0.800 ± 0.000 | **+0.300 ± 0.000** | 0.300 ± 0.000 | **-0.300 ± 0.000** |" in text
+    assert "| `b` | 0.550 ± 0.635 | +0.050 ± 0.635 | 0.300 ± 0.000 |" in text, "0.5 and 0.6 above 0.5"
 
 
 def test_figures_are_svg_and_the_same_each_time() -> None:
@@ -89,6 +93,23 @@ def test_unknown_variants_and_a_single_seed_are_refused() -> None:
         AblationConfig(variants=variants, comparisons={"?": Comparison(first="a", second="b")})
 
 
+def test_code_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of both packages, wherever they are: one byte more is another digest, a document is none."""
+    assert len(code_digest()) == 8 and code_digest() == code_digest()
+    for package in ("iqpir", "pipeline"):
+        (tmp_path / package / "inner").mkdir(parents=True)
+    monkeypatch.setattr("pipeline.ablation.__file__", str(tmp_path / "pipeline" / "ablation.py"))
+    seen = [code_digest()]
+    for path in ("iqpir/inner/a.py", "pipeline/a.py", "iqpir/inner/a.safetensors"):
+        (tmp_path / path).write_text("1")
+        seen.append(code_digest())
+    (tmp_path / "iqpir/inner/a.py").write_text("2")
+    seen.append(code_digest())
+    assert len(set(seen)) == 5
+    (tmp_path / "pipeline" / "notes.md").write_text("3")
+    assert code_digest() == seen[-1]
+
+
 def short_recipe(path: Path) -> Path:
     """The recipe of the repository with one metric, few steps and few pictures."""
     recipe = yaml.safe_load((REPOSITORY / "jobs/recipes/ablation_tiny.yaml").read_text())
@@ -103,7 +124,7 @@ def short_recipe(path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_each_run_is_made_once_and_leaves_a_row(tmp_path: Path) -> None:
+def test_each_run_is_made_once_and_leaves_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {
         "with": Variant(says="the recipe"),
         "without": Variant(says="no anchor, no codes", stage2={"stage.quality_anchor": 0.0}, evaluate=CONTINUOUS),
@@ -136,6 +157,12 @@ def test_each_run_is_made_once_and_leaves_a_row(tmp_path: Path) -> None:
     again = ablation(config)
     assert (again.runs, again.skipped) == (4, 4)
     assert (output / "ablation.md").read_text() == text
+
+    monkeypatch.setattr("pipeline.ablation.code_digest", lambda: "00000000")
+    other = ablation(replace(config, seeds=[1, 2], variants={"with": variants["with"]}, comparisons={}))
+    assert (other.runs, other.skipped) == (2, 0), "rows of other code are made again"
+    stage1 = {path.name for path in (tmp_path / "ablation/runs").iterdir() if path.name.startswith("stage1-")}
+    assert len(stage1) == 4, "and so are their runs"
 
 
 CONTINUOUS = {"latents": "continuous"}
