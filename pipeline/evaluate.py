@@ -66,6 +66,8 @@ class EvaluateConfig:
     """Degraded pictures that exist, in place of ``degradation``."""
     dial: tuple[float, ...] = DIAL
     """Requested qualities of the dial curve."""
+    further: tuple[float, ...] = ()
+    """Requested qualities that are measured beside those of the curve."""
     quality: float = 0.95
     """Requested quality of the restored pictures in the headline figures."""
     samples: int = 128
@@ -82,8 +84,8 @@ class EvaluateConfig:
     """How bytes become pixels."""
 
     def __post_init__(self) -> None:
-        if len(self.dial) < 3 or not all(0 <= value <= 1 for value in (*self.dial, self.quality)):
-            raise UsageError("dial needs three or more values, all in [0, 1].")
+        if len(self.dial) < 3 or not all(0 <= value <= 1 for value in (*self.dial, *self.further, self.quality)):
+            raise UsageError("dial needs three or more values; they, further and quality must be in [0, 1].")
         if self.samples < 1:
             raise UsageError(f"samples {self.samples} is no positive number.")
 
@@ -106,6 +108,8 @@ class EvaluateResult:
     output: str
     curve: dict[str, list[float]] = field(default_factory=dict)
     """PSNR and SSIM at each setting of the dial."""
+    further: list[dict[str, float]] = field(default_factory=list)
+    """Requested, and measured quality, PSNR and SSIM, of each of ``EvaluateConfig.further``."""
     high_quality: dict[str, float] = field(default_factory=dict)
     """Of the pictures above the HQ+ threshold: how many, and quality, PSNR and SSIM of the restored ones."""
 
@@ -140,6 +144,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     }
     if config.latents != "codes":
         identity["latents"] = config.latents
+    if config.further:
+        identity["further"] = list(config.further)
     output = Storage.open(config.output or f"{_run_of(config.checkpoint)}/evaluation")
     weights = str(found.metadata["weights_digest"])
     earlier = _earlier(output, digest(identity, 32), weights)
@@ -152,7 +158,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     restorer = Restorer.load(directory, device=config.device)
     if config.latents == "continuous":
         restorer = restored_without_codes(restorer)
-    settings = sorted({*config.dial, config.quality})
+    settings = sorted({*config.dial, *config.further, config.quality})
     restored: dict[float, list[Picture]] = {}
     measured: dict[float, Measured] = {}
     with progress(len(settings) + 2, "evaluate") as meter:
@@ -270,6 +276,7 @@ def _result(
             "psnr": [measured[setting].psnr for setting in config.dial],
             "ssim": [measured[setting].ssim for setting in config.dial],
         },
+        further=[{"requested": setting, **measured[setting].means([True] * len(good))} for setting in config.further],
         high_quality={"samples": float(sum(good)), **best.means(good)} if any(good) else {},
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.demo import shortfalls, show
+from pipeline.evaluate import EvaluateResult
 from tests.chain import write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,6 +66,9 @@ def test_the_demo_ends_with_its_documented_line_and_resumes(tmp_path: Path) -> N
     assert first["skipped"] == {}
     assert "<html" in Path(first["report"]).read_text()[:500].lower()
     assert len(list(Path(first["restored"]).glob("*.png"))) == 6
+    assert {name: "dial " + str(name) in told for name in (0.1, 0.5, 0.95)} == {0.1: True, 0.5: True, 0.95: True}
+    # Eight steps teach nothing: what is asked of a whole demo is told as missed, in the table and in the last line.
+    assert first["missed"] and all(f"not what the demo is to show: {reason}" in told for reason in first["missed"])
     assert "held-back pictures" in told and "mlflow ui --backend-store-uri" in told
     assert not (tmp_path / "home" / ".ray").exists(), "a token there would change the user's next ray start"
     assert not (tmp_path / "home" / ".iqpir").exists()
@@ -77,3 +82,48 @@ def test_the_demo_ends_with_its_documented_line_and_resumes(tmp_path: Path) -> N
         assert f"{step}: skipped" in told
     assert second["skipped"]["stage1"] == "all 8 steps"
     assert second["seconds"] < first["seconds"]
+
+
+def evaluated(**changes: Any) -> EvaluateResult:
+    """An evaluation that shows all that a demo is to show, but for ``changes``."""
+    figures: dict[str, Any] = {
+        "digest": "d",
+        "quality": {"lq": 0.3, "hq": 0.5, "restored": 0.4},
+        "dial": [[0.05, 0.3], [0.5, 0.35], [0.95, 0.4]],
+        "dial_spearman": 0.9,
+        "dial_range": 0.08,
+        "psnr": {"lq": 25.0, "restored": 22.0},
+        "ssim": {"lq": 0.8, "restored": 0.7},
+        "metrics": {},
+        "samples": 6,
+        "checkpoint": "run",
+        "lineage": {},
+        "output": "run/evaluation",
+        "further": [{"requested": 0.1, "quality": 0.123, "psnr": 24.56, "ssim": 0.789}],
+    }
+    return EvaluateResult(**{**figures, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quality": {"lq": 0.4, "hq": 0.5, "restored": 0.4}}, "restored pictures have the quality 0.400"),
+        ({"dial_spearman": 0.89}, "Spearman correlation is 0.89"),
+        ({"dial_range": 0.079}, "by 0.079, less than 0.08"),
+        ({"dial_range": float("nan")}, "by nan"),
+    ],
+)
+def test_a_demo_says_what_it_did_not_show(
+    changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shortfalls(evaluated()) == []
+    (found,) = shortfalls(evaluated(**changes))
+    assert reason in found
+    show(evaluated(**changes), "models:/iqpir/1", "report.html", "sqlite:///mlflow.db")
+    assert f"not what the demo is to show: {found}" in capsys.readouterr().err
+
+
+def test_the_rows_of_the_table_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    show(evaluated(), "models:/iqpir/1", "report.html", "sqlite:///mlflow.db")
+    (row,) = [line for line in capsys.readouterr().err.splitlines() if "dial 0.1" in line]
+    assert [word for word in row.split() if word[0].isdigit()] == ["0.1", "0.123", "24.56", "0.789"]

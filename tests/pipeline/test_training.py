@@ -234,14 +234,18 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
         checkpoint=stage2.run,
         output=str(tmp_path / "evaluation"),
         dial=(0.05, 0.5, 0.95),
+        further=(0.5, 0.7),
         samples=4,
     )
     first = evaluate(settings)
+    # One of them is on the curve, too: it is measured once and the same.
+    assert [row["requested"] for row in first.further] == [0.5, 0.7]
+    assert [first.further[0]["quality"], first.further[0]["psnr"]] == [first.dial[1][1], first.curve["psnr"][1]]
     file = tmp_path / "evaluation" / "evaluation.json"
     written = json.loads(file.read_text())
     assert written.keys() == {
         *("digest", "quality", "dial", "dial_spearman", "dial_range", "psnr", "ssim", "metrics"),
-        *("curve", "high_quality", "samples", "checkpoint", "lineage", "output", "weights_digest"),
+        *("curve", "further", "high_quality", "samples", "checkpoint", "lineage", "output", "weights_digest"),
     }
     assert written["quality"].keys() == {"lq", "hq", "restored"}
     assert written["psnr"].keys() == written["ssim"].keys() == {"lq", "restored"}
