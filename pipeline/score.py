@@ -51,6 +51,9 @@ class ScoreConfig:
     cascade: dict[str, str] = field(default_factory=dict)
     """Metric -> condition on raw scores of other metrics, such as {"musiq": "rank > 0.3"}: samples that do not
     meet it are not scored by that metric. Part of its fingerprint. Several conditions: joined by and."""
+    max_failed: float = 0.5
+    """Largest part of a unit's samples that a metric may fail on; a unit with more is not committed for that metric.
+    1 accepts any."""
     pixels: PixelPolicy = field(default_factory=PixelPolicy)
     """How bytes become pixels; part of every fingerprint."""
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
@@ -65,6 +68,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.batch_pixels < 1:
             raise UsageError(f"batch_pixels {self.batch_pixels} is not positive.")
+        if not 0.0 <= self.max_failed <= 1.0:
+            raise UsageError(f"max_failed {self.max_failed} is outside 0 to 1.")
         if self.min_actors < 1 or self.idle_seconds < 0:
             raise UsageError(
                 f"min_actors {self.min_actors} is below 1, or idle_seconds {self.idle_seconds} is negative."
@@ -81,7 +86,7 @@ class ScoreConfig:
             tiling=self.tiling,
             gates=parse_cascade(self.cascade, self.metrics),
         )
-        return ScorePlan(how=how, device=self.device, weights_uri=self.weights_uri)
+        return ScorePlan(how=how, device=self.device, weights_uri=self.weights_uri, max_failed=self.max_failed)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def score(config: ScoreConfig) -> ScoreResult:
     Raises:
         UsageError: unknown metric, refused licence, missing weights (before any work).
         IncompleteError: units are left; the same command goes on.
+        PermanentError: a metric is broken, or fails on too many samples; the others are committed.
     """
     start = time.monotonic()
     corpus = Corpus(config.corpus)

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from iqpir.errors import IncompleteError
 from pipeline.cluster import SYSTEM_RETRIES, slots
+from pipeline.commits.units import LostWorkerError
 
 T = TypeVar("T")
 
@@ -72,7 +73,8 @@ def run_on_actors(
 
     Raises:
         IncompleteError: actors die before they are ready.
-        Exception: what ``work`` raised: errors that are values must be values already.
+        Exception: what ``work`` raised: errors that are values must be values already. ``LostWorkerError`` counts
+            as the death of its actor.
     """
     # What ``run_on_ray`` keeps over what it may start at once is for tasks that wait; an actor would hold its place.
     pool = _Pool[T](work, most or max(1, slots(options)), options)
@@ -149,11 +151,10 @@ class _Pool(Generic[T]):
             actor, job = self.running.pop(reference)
             try:
                 result = ray.get(reference)
-            except RayTaskError:
-                ray.kill(actor)
-                raise
             except RayError as error:
                 ray.kill(actor)
+                if isinstance(error, RayTaskError) and not isinstance(error.cause, LostWorkerError):
+                    raise
                 job.deaths += 1
                 if job.deaths > SYSTEM_RETRIES:
                     yield job.task, None, error

@@ -37,6 +37,10 @@ class Unit(Protocol):
         """Number of the unit, for people."""
 
 
+class LostWorkerError(IncompleteError):
+    """This process can do no further work, whatever the unit: only a new one can, such as another actor of a pool."""
+
+
 T = TypeVar("T")
 R = TypeVar("R")
 U = TypeVar("U", bound=Unit)
@@ -126,7 +130,7 @@ class RunReport:
         left = self.total - self.skipped - self.done
         message = f"{left} of {self.total} units of {step} are not done."
         if self.failures:
-            message += f" First: unit {self.failures[0].ordinal:06d}, {self.failures[0].error}."
+            message += f" First: unit {self.failures[0].ordinal:06d}, {self.failures[0].error.rstrip('.')}."
         if any(failure.kind == "permanent" for failure in self.failures):
             raise PermanentError(message)
         raise IncompleteError(message, "The same command goes on where this one stopped.")
@@ -210,7 +214,8 @@ def schedule(
 ) -> Generator[tuple[T, Outcome[R]], None, None]:
     """Run ``work`` on each task and yield what became of it, in the order of completion. Commits nothing.
 
-    On Ray each task is one of Ray's, or with ``actors`` a call of an actor from a pool that grows and shrinks.
+    On Ray each task is one of Ray's, or with ``actors`` a call of an actor from a pool that grows and shrinks. An
+    actor whose work raises ``LostWorkerError`` is replaced; elsewhere that ends the run.
     After the first SIGTERM or Ctrl-C no task is handed out any more; running ones end within the grace.
     """
     config = scheduling or SchedulingConfig()
@@ -268,6 +273,8 @@ class _Patient(Generic[T, R]):
         for attempt in range(1, self.attempts + 1):
             try:
                 return Outcome(self.work(task), attempts=attempt)
+            except LostWorkerError:
+                raise
             except IqpirError as permanent:
                 return Outcome(error=str(permanent), kind="permanent", attempts=attempt)
             except OSError as transient:

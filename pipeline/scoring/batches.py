@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.commits.units import LostWorkerError
 from pipeline.metrics import Metric, Scorer
 from pipeline.scoring.tiling import Picture, TileScores, TilingPolicy, combine, cut
 
@@ -16,6 +17,8 @@ OUT_OF_MEMORY = "failed_out_of_memory"
 RESCUE_SIDE = 224
 """A picture that does not fit into memory is not cut into smaller tiles than this."""
 
+_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""ALLOC_FAILED: CUDNN_STATUS_ALLOC_FAILED, CUBLAS_STATUS_ALLOC_FAILED and their kin."""
 _PICTURE_ERRORS = (RuntimeError, ValueError, ArithmeticError, AssertionError, IndexError)
 
 
@@ -90,9 +93,7 @@ def score_batch(loaded: LoadedMetric, pictures: Sequence[Picture], rescue: bool 
     try:
         values = _run(loaded, pictures)
     except (*_PICTURE_ERRORS, MemoryError) as error:
-        if len(pictures) > 1:
-            half = len(pictures) // 2
-            return score_batch(loaded, pictures[:half], rescue) + score_batch(loaded, pictures[half:], rescue)
+        _require_device(loaded, error)
         failed = _failure(error, time.monotonic() - start)
     else:
         seconds = (time.monotonic() - start) / len(pictures)
@@ -102,9 +103,19 @@ def score_batch(loaded: LoadedMetric, pictures: Sequence[Picture], rescue: bool 
             else Scored(None, "failed_bad_score", "not_finite", seconds)
             for value in values
         ]
-    if rescue and failed.status == OUT_OF_MEMORY:
-        return [_rescued(loaded, pictures[0], failed)]
-    return [failed]
+    # Not in the handler: there the error's traceback would hold the tensors of the batch while its halves run.
+    return _in_parts(loaded, pictures, failed, rescue)
+
+
+def _in_parts(loaded: LoadedMetric, pictures: Sequence[Picture], failed: Scored, rescue: bool) -> list[Scored]:
+    """Scores of the halves of a batch that failed, or of the one picture that did, in tiles if it did not fit."""
+    out_of_memory = failed.status == OUT_OF_MEMORY
+    if out_of_memory and loaded.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    if len(pictures) > 1:
+        half = len(pictures) // 2
+        return score_batch(loaded, pictures[:half], rescue) + score_batch(loaded, pictures[half:], rescue)
+    return [_rescued(loaded, pictures[0], failed) if rescue and out_of_memory else failed]
 
 
 def _rescued(loaded: LoadedMetric, picture: Picture, failed: Scored) -> Scored:
@@ -129,11 +140,33 @@ def _run(loaded: LoadedMetric, pictures: Sequence[Picture]) -> list[float]:
     return [float(value) for value in scores.float().cpu()]
 
 
+def _require_device(loaded: LoadedMetric, error: BaseException) -> None:
+    """Raise if this process cannot compute on its device any more: that is no picture's fault.
+
+    Raises:
+        LostWorkerError: after some errors every later call of CUDA in the process fails too.
+    """
+    if not loaded.device.startswith("cuda"):
+        return
+    try:
+        torch.ones(1, device=loaded.device).add(1).cpu()
+    except (RuntimeError, AssertionError) as broken:
+        if not _is_out_of_memory(broken):
+            line = " ".join(str(error).split())[:200].rstrip(".")
+            raise LostWorkerError(
+                f"Metric {loaded.metric.name} lost the device {loaded.device}: {line}.",
+                "The same command goes on in a new process.",
+            ) from error
+
+
 def _failure(error: BaseException, seconds: float) -> Scored:
-    text = str(error)
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
-    )
-    if out_of_memory:
+    if _is_out_of_memory(error):
         return Scored(None, OUT_OF_MEMORY, "out_of_memory", seconds)
     return Scored(None, "failed_metric", type(error).__name__, seconds)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what lacked: of the CPU, of CUDA, or of a library on it that says so in its own words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY_WORDS)

@@ -92,6 +92,7 @@ def check_drift(
     Raises:
         UsageError: no such calibration, or its metrics cannot be built.
         VerificationError: a metric has drifted; says which, and how much.
+        PermanentError: a metric is broken.
     """
     calibration = read_calibration(corpus, calibration_name)
     facts = {name: read_metric_facts(corpus, name, calibration.fingerprints) for name in calibration.metrics}
@@ -101,7 +102,7 @@ def check_drift(
         loaded = load_metric(name, device, weights_uri)
         how = Scoring(pixels=_pixels(known, name), batch_pixels=policy.batch_pixels, tiling=_tiling(known))
         seen = [row for row, raw in zip(rows, stored[name], strict=True) if "cascade" not in known or np.isfinite(raw)]
-        scored = score_samples(corpus, seen, [loaded], how)[name]
+        scored = score_samples(corpus, seen, [loaded], how).of(name)
         raw = [scored[row["key"]].raw if row["key"] in scored else None for row in rows]
         now = np.array([np.nan if value is None else np.float32(value) for value in raw], np.float64)
         same = _own(known) == _own({**loaded.metric.facts(), "weights_sha256": loaded.weights_sha256})

@@ -1,10 +1,11 @@
 """Score the samples of one unit: read in large pieces, decode once, batch equal sizes, ask the cascade."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from iqpir.errors import VerificationError
+from iqpir.errors import IqpirError, PermanentError, VerificationError
 from iqpir.pixels import PictureError, PixelPolicy, decode
 from pipeline.corpus import Corpus
 from pipeline.layout import sha256_hex
@@ -12,10 +13,17 @@ from pipeline.scoring.batches import LoadedMetric, Scored, score_pictures
 from pipeline.scoring.cascade import SKIPPED, Gate, in_order
 from pipeline.scoring.tiling import Picture, TilingPolicy
 
+log = logging.getLogger(__name__)
+
 READ_BYTES = 16 << 20
 """Neighbouring samples are read together up to this many bytes."""
 HELD_BATCHES = 8
 """Pictures waiting for others of their size hold at most this many batches' pixels."""
+
+FAILED_DECODE = "failed_decode"
+"""Status of a sample that the pixel policy refuses."""
+CRASHES = (TypeError, LookupError, AttributeError, NameError, ImportError)
+"""What the code of a metric raises that is broken, whatever the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +41,37 @@ Known = Mapping[str, Mapping[str, float | None]]
 """metric -> key -> raw score of an earlier pass."""
 
 
+@dataclass(frozen=True)
+class UnitScored:
+    """What came out of a pass over one unit."""
+
+    results: dict[str, dict[str, Scored]]
+    """metric -> key -> what came out; every row is there for every metric that is not in ``broken``."""
+    broken: dict[str, IqpirError | OSError]
+    """metric -> why it has no results here."""
+
+    def of(self, metric: str) -> dict[str, Scored]:
+        """The results of a metric.
+
+        Raises:
+            IqpirError, OSError: it is broken.
+        """
+        if metric in self.broken:
+            raise self.broken[metric]
+        return self.results[metric]
+
+
 def score_samples(
     corpus: Corpus,
     rows: Sequence[Row],
     metrics: Sequence[LoadedMetric],
     how: Scoring,
     known: Known | None = None,
-) -> dict[str, dict[str, Scored]]:
+    broken: Mapping[str, IqpirError | OSError] | None = None,
+) -> UnitScored:
     """Score ``rows`` (sample rows of one unit) with every metric, decoding each sample once.
+
+    A metric whose code breaks is dropped with those that wait for its scores; the others go on.
 
     Args:
         corpus: where they are.
@@ -48,22 +79,54 @@ def score_samples(
         metrics: those that have no scores of this unit.
         how: pixels, batches, tiles and gates.
         known: raw scores of this unit by the metrics that gates compare and that are not in ``metrics``.
-
-    Returns:
-        metric -> key -> what came out; every row is there for every metric.
+        broken: metrics that could not be loaded, and why.
     """
     results: dict[str, dict[str, Scored]] = {loaded.metric.name: {} for loaded in metrics}
-    known = known or {}
+    known, broken = known or {}, dict(broken or {})
     order = in_order(list(results), how.gates)
     by_name = {loaded.metric.name: loaded for loaded in metrics}
-    wanted = _skip_unread(rows, results, how.gates, known)
+    broken |= _waiting(order, broken, how.gates)
+    wanted = _skip_unread(rows, {name: results[name] for name in order if name not in broken}, how.gates, known)
     for keys, pictures in _batches(_decoded(corpus, wanted, how.pixels, results), how.batch_pixels):
         for name in order:
+            if name in broken:
+                continue
             chosen = _let_through(name, keys, results, how.gates, known)
-            if chosen:
+            if not chosen:
+                continue
+            try:
                 found = score_pictures(by_name[name], [pictures[at] for at in chosen], how.tiling, how.batch_pixels)
+            except (*CRASHES, OSError) as error:
+                broken[name] = breakage(name, error)
+                broken |= _waiting(order, broken, how.gates)
+            else:
                 results[name].update(zip((keys[at] for at in chosen), found, strict=True))
-    return results
+    return UnitScored({name: found for name, found in results.items() if name not in broken}, broken)
+
+
+def breakage(name: str, error: Exception) -> IqpirError | OSError:
+    """What a unit fails with for a metric that raised ``error``; what may pass is kept as it is."""
+    if isinstance(error, IqpirError | OSError):
+        return error
+    log.error("metric %s is broken", name, exc_info=error)
+    line = " ".join(str(error).split())[:200].rstrip(".")
+    return PermanentError(
+        f"Metric {name} is broken: {type(error).__name__}: {line}.",
+        "The other metrics of the run are committed; the log has the traceback.",
+    )
+
+
+def _waiting(
+    order: Sequence[str], broken: Mapping[str, IqpirError | OSError], gates: Mapping[str, Gate]
+) -> dict[str, IqpirError | OSError]:
+    """Metrics that compare the scores of a broken one, each with that one's failure."""
+    found = dict(broken)
+    for name in order:
+        compared = gates[name].metrics if name in gates else ()
+        cause = next((other for other in compared if other in found), None)
+        if name not in found and cause is not None:
+            found[name] = found[cause]
+    return found
 
 
 def _let_through(
@@ -145,7 +208,7 @@ def _decoded(
             picture = decode(data, policy)
         except PictureError as error:
             for scored in results.values():
-                scored[row["key"]] = Scored(None, "failed_decode", error.code)
+                scored[row["key"]] = Scored(None, FAILED_DECODE, error.code)
         else:
             yield row["key"], picture.array
 

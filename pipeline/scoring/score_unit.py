@@ -3,13 +3,14 @@
 import functools
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from iqpir.errors import VerificationError
+from iqpir.errors import IqpirError, PermanentError, VerificationError
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import commit
 from pipeline.corpus import Corpus
@@ -17,7 +18,7 @@ from pipeline.layout import SCORES, TILED_SCORES, scores_path
 from pipeline.metrics import Metric, find_metrics, scorer_digest
 from pipeline.scoring.batches import LoadedMetric, Scored
 from pipeline.scoring.cascade import SKIPPED
-from pipeline.scoring.passes import Scoring, score_samples
+from pipeline.scoring.passes import CRASHES, FAILED_DECODE, Scoring, breakage, score_samples
 from pipeline.scoring.tables import read_table
 from pipeline.scoring.tiling import TileScores
 from pipeline.storage import Storage
@@ -50,6 +51,8 @@ class ScorePlan:
     how: Scoring
     device: str
     weights_uri: str
+    max_failed: float
+    """Largest fraction of a unit's samples that a metric may fail on."""
 
 
 def prove_metrics(
@@ -83,17 +86,36 @@ class UnitScorer:
     plan: ScorePlan
 
     def __call__(self, task: ScoreTask) -> dict[str, dict[str, int]]:
-        """Metric -> counts of samples scored, failed and skipped."""
+        """Metric -> counts of samples scored, failed and skipped.
+
+        Raises:
+            IqpirError, OSError: a metric is broken or failed on too many samples; the others are committed.
+        """
         corpus, plan = Corpus(self.storage), self.plan
         columns = ["key", "shard", "byte_offset", "byte_size", "sha256"]
         rows = corpus.unit_samples(task.unit, columns).to_pylist()
-        metrics = [self._loaded(name) for name in task.metrics]
         known = {name: _raw_by_key(read_table(corpus, table)) for name, table in task.compared.items()}
-        results = score_samples(corpus, rows, metrics, plan.how, known)
-        return {
-            loaded.metric.name: self._commit(corpus, task.unit, loaded.metric, rows, results[loaded.metric.name])
-            for loaded in metrics
-        }
+        metrics, broken = self._load(task.metrics)
+        scored = score_samples(corpus, rows, metrics, plan.how, known, broken)
+        counts, failures = {}, []
+        for name in task.metrics:
+            try:
+                counts[name] = self._commit(corpus, task.unit, find_metrics([name])[0], rows, scored.of(name))
+            except (IqpirError, OSError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return counts
+
+    def _load(self, names: Sequence[str]) -> tuple[list[LoadedMetric], dict[str, IqpirError | OSError]]:
+        """The metrics on this worker, and why some of them are not."""
+        found, broken = [], dict[str, IqpirError | OSError]()
+        for name in names:
+            try:
+                found.append(self._loaded(name))
+            except (IqpirError, OSError, RuntimeError, *CRASHES) as error:
+                broken[name] = breakage(name, error)
+        return found, broken
 
     def _loaded(self, name: str) -> LoadedMetric:
         """The metric on this worker.
@@ -119,7 +141,12 @@ class UnitScorer:
         rows: list[dict[str, Any]],
         results: Mapping[str, Scored],
     ) -> dict[str, int]:
-        """Store one metric's table, then its commit record; returns counts of scored, failed and skipped."""
+        """Store one metric's table, then its commit record; returns counts of scored, failed and skipped.
+
+        Raises:
+            PermanentError: it failed on too many samples.
+        """
+        _require_few_failures(unit, metric.name, results.values(), self.plan.max_failed)
         facts = self.declared[metric.name]
         fingerprint = str(facts["fingerprint"])
         reference = corpus.publish_table(
@@ -150,6 +177,23 @@ class UnitScorer:
             "version": metric.version,
             "provenance": json.dumps(provenance, sort_keys=True),
         }
+
+
+def _require_few_failures(unit: ManifestUnit, metric: str, results: Iterable[Scored], limit: float) -> None:
+    """Refuse what a metric did to a unit if it failed on more than the fraction ``limit`` of what it was shown.
+
+    Raises:
+        PermanentError: it did; that is taken for the metric's fault, not the pictures'.
+    """
+    shown = [scored for scored in results if scored.status not in (SKIPPED, FAILED_DECODE)]
+    failed = Counter(f"{scored.status} {scored.error_code}" for scored in shown if scored.raw is None)
+    if failed.total() > limit * len(shown):
+        reason, _ = failed.most_common(1)[0]
+        raise PermanentError(
+            f"Metric {metric} failed on {failed.total()} of {len(shown)} samples of unit {unit.ordinal:06d}, "
+            f"most often with {reason}; none of them is committed.",
+            f"Put the metric right, or accept such rows with a higher --max_failed than {limit:g}.",
+        )
 
 
 def _raw_by_key(table: pa.Table) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ IMPORTED = [
     "s3fs",
     "pytest",
     "pipeline.shard",
+    "pipeline.score",
     "pipeline.verify",
     "pipeline.gc",
     "tests.chaos.warm",

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from pipeline.commits.actors import run_on_actors
+from pipeline.commits.units import LostWorkerError
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,7 @@ class Task:
     name: str
     seconds: float = 0.0
     deaths: int = 0
+    losses: int = 0
     watches: bool = False
 
 
@@ -41,6 +43,8 @@ class Work:
             file.write("x")
         if attempts.stat().st_size <= task.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
+        if attempts.stat().st_size <= task.losses:
+            raise LostWorkerError("The device of this process is lost.")
         time.sleep(task.seconds)
         return {"name": task.name, "pid": os.getpid(), "alone": task.watches and _becomes_alone()}
 
@@ -88,9 +92,10 @@ def test_a_task_whose_actor_died_is_done_by_another_and_one_that_kills_each_is_a
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.commits.actors.SYSTEM_RETRIES", 1)
-    done = _run(tmp_path, [Task("once", deaths=1), Task("always", deaths=99), Task("well")])
+    done = _run(tmp_path, [Task("once", deaths=1), Task("always", deaths=99), Task("lost", losses=1), Task("well")])
     found = {task.name: (result, error) for task, result, error in done}
     assert found["once"][1] is None and found["well"][1] is None
+    assert found["lost"][1] is None and (tmp_path / "attempts-lost").stat().st_size == 2
     assert found["always"][0] is None and isinstance(found["always"][1], ray.exceptions.RayError)
     assert (tmp_path / "attempts-always").stat().st_size == 2
 

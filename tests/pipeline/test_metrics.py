@@ -1,7 +1,9 @@
 """The registry, weights without a network, and what each embedded metric can order."""
 
+import contextlib
 import hashlib
 import json
+import re
 import urllib.request
 from pathlib import Path
 
@@ -111,6 +113,31 @@ def test_missing_weights_are_an_error_that_names_file_and_place(
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(UsageError, match=r"brisque_svm_weights\.pth.*weights_uri"):
         find_metrics(["brisque"])[0].scorer("cpu")
+
+
+@pytest.mark.slow
+def test_each_metric_of_pyiqa_is_built_or_names_the_weights_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks are laid out without memory, but for those that refuse that."""
+    real = ("compare2score", "entropy", "fgresq", "niqe", "piqe", "qalign", "topiq_iaa", "topiq_nr_swin")
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "pyiqa"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+    names = no_reference_metrics()
+    assert len(names) > 60
+    found = {}
+    for metric in find_metrics(sorted(names)):
+        try:
+            with contextlib.nullcontext() if metric.name.startswith(real) else torch.device("meta"):
+                metric.scorer("cpu")
+        except UsageError as error:
+            found[metric.name] = str(error)
+    assert {"entropy", "niqe", "piqe"} == names.keys() - found.keys()
+    named = re.compile(
+        r"needs (the weight file \S+|\S+ of the Hugging Face repository \S+); .*(Put it at|Fill the cache)"
+    )
+    assert [text for text in found.values() if not named.search(text)] == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iqpir.errors import UsageError, VerificationError
+from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
-from pipeline.commits.units import SchedulingConfig
+from pipeline.commits.units import LostWorkerError, SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
@@ -26,6 +27,7 @@ from pipeline.scoring.tiling import Picture
 from pipeline.shard import ShardConfig, shard
 from pipeline.verify import VerifyConfig, verify
 from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
+from tests.pipeline.metric_plugin import install_moody, set_mood
 
 ALONE = SchedulingConfig(workers=0)
 
@@ -43,6 +45,10 @@ def _scores(corpus: Corpus, metric: str) -> pa.Table:
 def _loaded(scorer: Callable[[Tensor], Tensor], batchable: bool = True) -> LoadedMetric:
     metric = dataclasses.replace(find_metrics(["rank"])[0], batchable=batchable)
     return LoadedMetric(metric, scorer, "cpu")
+
+
+def _records(corpus: Corpus, metric: str) -> int:
+    return len(corpus.storage.list(f"_commits/score-{metric}"))
 
 
 def _how(batch_pixels: int = 1 << 20) -> Scoring:
@@ -140,6 +146,58 @@ def test_out_of_memory_halves_the_batch_and_then_fails_one_sample() -> None:
     assert [scored.raw for scored in found[1:]] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+def test_the_tensors_of_a_batch_that_did_not_fit_are_gone_before_its_halves_run(words: str) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def hungry(pictures: Tensor) -> Tensor:
+        held.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(pictures))
+        raise RuntimeError(words)
+
+    pictures: list[Picture] = [np.full((8, 8, 3), 51, np.uint8)] * 4
+    assert {scored.status for scored in score_batch(_loaded(hungry), pictures)} == {"failed_out_of_memory"}
+    assert held == [0] * 7
+
+
+def test_a_device_that_computes_no_more_is_no_fault_of_the_picture() -> None:
+    loaded = dataclasses.replace(_loaded(lambda x: x.mean((1, 2, 3))), device="cuda:99")
+    with pytest.raises(LostWorkerError, match=r"rank lost the device cuda:99"):
+        score_batch(loaded, [np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_a_broken_metric_fails_its_units_and_the_others_are_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_moody(tmp_path / "plugin", monkeypatch)
+    corpus = drawn_corpus(tmp_path, count=2, side=32)
+    names, cascade = ["rank", "moody", "rank_judge"], {"rank_judge": "moody > -1"}
+    config = ScoreConfig(corpus=corpus.storage.url, metrics=names, cascade=cascade, scheduling=ALONE)
+    set_mood(tmp_path / "plugin", "TypeError")
+    with pytest.raises(PermanentError, match=r"2 of 2 units .*moody is broken: TypeError: as its mood says"):
+        score(config)
+    units = len(corpus.manifest().units)
+    assert [_records(corpus, name) for name in names] == [units, 0, 0]
+    set_mood(tmp_path / "plugin", "")
+    found = score(config).metrics
+    assert [found[name]["scored"] for name in names] == [0, 8, 8]
+
+
+def test_a_metric_that_fails_on_most_samples_of_a_unit_is_not_committed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_moody(tmp_path / "plugin", monkeypatch)
+    corpus = drawn_corpus(tmp_path, count=2, side=32)
+    config = ScoreConfig(corpus=corpus.storage.url, metrics=["rank", "moody"], scheduling=ALONE)
+    set_mood(tmp_path / "plugin", "RuntimeError")
+    with pytest.raises(PermanentError, match=r"failed on 6 of 6 .* failed_metric RuntimeError.*--max_failed"):
+        score(config)
+    assert (_records(corpus, "rank"), _records(corpus, "moody")) == (2, 0)
+    accepting = score(dataclasses.replace(config, max_failed=1.0)).metrics["moody"]
+    assert (accepting["scored"], accepting["failed"]) == (0, 8)
+
+
 def test_a_score_that_is_not_finite_or_raises_fails_only_its_sample() -> None:
     def fragile(pictures: Tensor) -> Tensor:
         means = pictures.mean((1, 2, 3))
@@ -171,7 +229,7 @@ def test_batches_hold_equal_sizes_and_bounded_pixels(tmp_path: Path) -> None:
         return pictures.mean((1, 2, 3))
 
     rows = corpus.samples().to_pylist()
-    found = score_samples(corpus, rows, [_loaded(watching)], _how(5 * 48 * 48))
+    found = score_samples(corpus, rows, [_loaded(watching)], _how(5 * 48 * 48)).results
     assert len(found["rank"]) == 12
     assert max(shape[0] for shape in shapes) == 5
     assert len(shapes) == 3
