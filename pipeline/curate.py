@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from iqpir.errors import UsageError
 from pipeline.corpus import Corpus
 from pipeline.dedup import read_dedup
+from pipeline.documents import stamped, unstamped
 from pipeline.duplicates.clusters import Forest
 from pipeline.label import read_label_index, read_labels
 from pipeline.layout import SAMPLE_REFERENCE, to_json, to_parquet, view_path
@@ -237,12 +238,12 @@ def _write(corpus: Corpus, facts: Mapping[str, Any], data: bytes) -> tuple[int, 
     taken = [entry.path for entry in storage.list(f"views/{name}")]
     for path in (path for path in reversed(taken) if path.endswith(".json")):
         stored = json.loads(storage.read(path))
-        if {key: value for key, value in stored.items() if key != "version"} == dict(facts):
+        if {key: value for key, value in unstamped(stored).items() if key != "version"} == dict(facts):
             return int(stored["version"]), False
     first = max((int(path.rsplit("/v", 1)[1].split(".")[0]) for path in taken), default=0) + 1
     for version in range(first, first + _ATTEMPTS):
         path = view_path(name, version)
-        document = {**facts, "version": version}
+        document = stamped({**facts, "version": version})
         if storage.create(path, data) != data:
             continue
         if json.loads(storage.create(path.removesuffix(".parquet") + ".json", to_json(document))) == document:

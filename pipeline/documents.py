@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from iqpir.config import digest
 from iqpir.errors import VerificationError
-from pipeline.layout import ObjectRef, sha256_hex, to_json, to_parquet
+from pipeline.layout import SCHEMA_VERSION, ObjectRef, sha256_hex, to_json, to_parquet
 from pipeline.storage import Storage
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 READ_THREADS = 16
+STAMP = ("schema_version", "document_digest")
+"""Keys of a document's own digest: two, so that a flipped bit in one of them does not pass for an older document."""
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -31,13 +34,48 @@ def read_document(storage: Storage, path: str) -> dict[str, Any]:
         FileNotFoundError: there is none.
         VerificationError: it is no JSON object.
     """
+    return _parsed(storage, path, storage.read(path))
+
+
+def _parsed(storage: Storage, path: str, data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(storage.read(path))
+        values = json.loads(data)
     except ValueError as error:
         raise VerificationError(f"{storage.uri(path)} is no JSON: {error}.") from error
     if not isinstance(values, dict):
         raise VerificationError(f"{storage.uri(path)} is no JSON object.")
     return values
+
+
+def read_as_written(storage: Storage, path: str) -> dict[str, Any]:
+    """A JSON document in the one form of ``to_json``: a flipped byte cannot hide in a space or a number's form.
+
+    Raises:
+        FileNotFoundError: there is none.
+        VerificationError: it is no JSON object, or in another form.
+    """
+    data = storage.read(path)
+    values = _parsed(storage, path, data)
+    if to_json(values) != data:
+        raise VerificationError(f"{storage.uri(path)} is not in the form that documents are written in.", "Restore it.")
+    return values
+
+
+def stamped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with its own digest (32 hex digits over everything else in it)."""
+    content = {**unstamped(values), "schema_version": SCHEMA_VERSION}
+    return {**content, "document_digest": digest(content, 32)}
+
+
+def unstamped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A document without its own digest."""
+    return {name: value for name, value in values.items() if name not in STAMP}
+
+
+def is_as_stamped(values: Mapping[str, Any]) -> bool:
+    """Whether a document is what its own digest says; True for one from before documents had a digest."""
+    content = {name: value for name, value in values.items() if name != "document_digest"}
+    return values.keys().isdisjoint(STAMP) or values.get("document_digest") == digest(content, 32)
 
 
 def require_keys(values: Mapping[str, Any], names: Iterable[str], path: str) -> None:

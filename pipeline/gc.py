@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iqpir.errors import UsageError
-from pipeline.commits.references import orphans, read_documents, references
+from pipeline.commits.references import orphans, read_documents, read_manifests, references
 from pipeline.layout import PROBE_PREFIX
 from pipeline.storage import Entry, Storage
 
@@ -79,7 +79,7 @@ def gc(config: GcConfig) -> GcResult:
 def _unnamed(storage: Storage) -> list[Entry]:
     entries = storage.list()
     probes = [entry for entry in entries if entry.path.startswith(f"{PROBE_PREFIX}/")]
-    named = references(storage, entries, read_documents(storage, entries))
+    named = references(read_documents(storage, entries), read_manifests(storage, entries))
     return orphans(entries, named) + probes
 
 

@@ -6,7 +6,7 @@
     _commits/<step>/<fingerprint>/<unit_id>.json       the one commit point of a piece of work
     shards/<collection>-000012-<sha12>.tar             <key>.<ext> = the original bytes, <key>.json
     samples/000012-<sha12>.parquet                     one row per input: success, rejected_* or failed_*
-    scores/<metric>/<fingerprint>/000012-<sha12>.parquet
+    scores/<metric>/<fingerprint>/000012-<sha12>.parquet + _metric.json
     codes/<stage-1 digest>/000012-<sha12>.parquet
     labels/<name>/000012-<sha12>.parquet + _labels.json, calibrations/<name>.json
     hashes/<fingerprint>/000012-<sha12>.parquet
@@ -21,6 +21,7 @@ that begin with ``_`` are control files, which readers of tables skip.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,8 @@ SCHEMA_VERSION = 1
 SUCCESS = "_SUCCESS"
 SHARD_LIST = "shards.txt"
 PROBE_PREFIX = "_probe"
+
+_ORDINAL = re.compile(r"/(\d{6,})-[0-9a-f]{12}\.parquet$")
 
 INPUTS = pa.schema(
     [
@@ -236,6 +239,11 @@ def scores_path(metric: str, fingerprint: str, ordinal: int, sha256: str) -> str
     return f"scores/{metric}/{fingerprint}/{ordinal:06d}-{sha256[:12]}.parquet"
 
 
+def metric_facts_path(metric: str, fingerprint: str) -> str:
+    """What a fingerprint of scores stands for."""
+    return f"scores/{metric}/{fingerprint}/_metric.json"
+
+
 def codes_path(stage1_digest: str, ordinal: int, sha256: str) -> str:
     """The code indices of a unit's samples under one stage-1 network."""
     return f"codes/{stage1_digest}/{ordinal:06d}-{sha256[:12]}.parquet"
@@ -279,6 +287,12 @@ def view_path(name: str, version: int) -> str:
 def manifest_path(version: int, suffix: str) -> str:
     """A sealed manifest (``suffix`` ``parquet``) or its facts (``json``)."""
     return f"_manifest/v{version:06d}.{suffix}"
+
+
+def ordinal_of(path: str) -> int:
+    """Number of the unit that a table beside the shards belongs to; -1 for other paths."""
+    match = _ORDINAL.search(path)
+    return int(match[1]) if match else -1
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:

@@ -18,7 +18,8 @@ from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import Finished, finished
 from pipeline.commits.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule
 from pipeline.corpus import Corpus
-from pipeline.documents import write_document
+from pipeline.documents import stamped, write_document
+from pipeline.layout import metric_facts_path
 from pipeline.scoring.cascade import Gate, in_order, parse_cascade
 from pipeline.scoring.passes import Scoring
 from pipeline.scoring.score_unit import ScorePlan, ScoreTask, UnitScorer, prove_metrics
@@ -147,11 +148,6 @@ def score(config: ScoreConfig) -> ScoreResult:
     )
 
 
-def metric_facts_path(metric: str, fingerprint: str) -> str:
-    """What a fingerprint stands for: ``scores/<metric>/<fingerprint>/_metric.json``."""
-    return f"scores/{metric}/{fingerprint}/_metric.json"
-
-
 def _tasks(units: Sequence[ManifestUnit], done: Mapping[str, Finished], gates: Mapping[str, Gate]) -> list[ScoreTask]:
     """Units with the metrics that have no record for them, and the tables of scores that their gates compare."""
     tasks = []
@@ -183,7 +179,7 @@ def _declare(corpus: Corpus, config: ScoreConfig) -> dict[str, dict[str, Any]]:
         declared[name] = {**facts, "fingerprint": digest(facts)}
     for name, facts in declared.items():
         policy = {"pixel_policy": asdict(config.pixels)}
-        write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), {**facts, **policy})
+        write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), stamped({**facts, **policy}))
     return {name: declared[name] for name in config.metrics}
 
 

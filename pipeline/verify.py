@@ -1,26 +1,33 @@
 """The verb ``verify``: prove that a sealed corpus is what its manifest, plan and records say."""
 
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from iqpir.errors import IncompleteError, VerificationError
 from pipeline import layout
-from pipeline.commits.checks import document_lies, manifest_lies, plan_lies, record_lies, reference_lies
+from pipeline.commits.checks import (
+    document_lies,
+    former_lies,
+    manifest_lies,
+    plan_lies,
+    record_lies,
+    reference_lies,
+)
+from pipeline.commits.lineage import Lineage, content_lies, view_lies
 from pipeline.commits.manifest import Manifest, ManifestUnit
 from pipeline.commits.plan import Generation, read_generations
 from pipeline.commits.prove import Claim, Proof, Prover, relpaths_digest
-from pipeline.commits.references import Reference, orphans, read_documents, references
+from pipeline.commits.references import Reference, orphans, read_documents, read_manifests, references
 from pipeline.commits.units import SchedulingConfig, schedule
 from pipeline.corpus import Corpus
+from pipeline.documents import read_document
 
 log = logging.getLogger(__name__)
 
 LOGGED_LIES = 50
 SIDECARS = ("scores/", "codes/", "labels/", "hashes/", "dedup/")
-_ORDINAL = re.compile(r"/(\d{6,})-[0-9a-f]{12}\.parquet$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,9 @@ class VerifyResult:
     bytes: int
     pending_units: int
     """Units planned after the last seal; no lie."""
+    unfinished: dict[str, int]
+    """Steps that have done some units and not all: step/fingerprint -> units without a record; no lie, unless labels
+    or duplicates were made from it."""
     orphans: int
     """Objects that nothing names: left by crashed attempts, no lie; ``jobs/gc.py`` removes them."""
     orphan_bytes: int
@@ -62,7 +72,8 @@ def verify(config: VerifyConfig) -> VerifyResult:
 
     Checks the manifest against ``_SUCCESS``, plan and totals; each object's size and sha256; each tar's
     members, offsets and contents against its rows; that no key occurs twice; that scores, codes and labels
-    have a row for every sample; and the digests of views.
+    have a row for every sample; the digests of views; and of every document its own digest, and that what it was
+    made from is there.
 
     Raises:
         UsageError: nothing is sealed there.
@@ -73,14 +84,20 @@ def verify(config: VerifyConfig) -> VerifyResult:
     corpus = Corpus(config.corpus)
     storage, manifest = corpus.storage, corpus.manifest()
     generations, entries = read_generations(storage), storage.list()
-    documents = read_documents(storage, entries)
-    named = references(storage, entries, documents)
+    documents, manifests = read_documents(storage, entries), read_manifests(storage, entries)
+    lineage = Lineage(documents, manifest, manifests)
+    present = {entry.path for entry in entries}
+    named = references(documents, manifests)
     lies = [
         *plan_lies(generations),
         *manifest_lies(manifest, generations),
+        *former_lies(read_document(storage, layout.SUCCESS), manifests),
         *record_lies(documents, manifest),
-        *document_lies(storage, documents, manifest, {entry.path for entry in entries}),
+        *document_lies(storage, documents, manifest, present),
         *reference_lies(named, entries),
+        *content_lies(documents),
+        *lineage.lies(),
+        *view_lies(storage, present),
     ]
     failure = ""
     if config.deep:
@@ -110,6 +127,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
         objects=len(sizes),
         bytes=sum(sizes.values()),
         pending_units=sum(item.facts["units"] for item in generations) - len(manifest.units),
+        unfinished=lineage.unfinished(),
         orphans=len(unnamed),
         orphan_bytes=sum(entry.size for entry in unnamed),
         seconds=round(time.monotonic() - began, 3),
@@ -136,14 +154,9 @@ def _claims(
     units = {unit.ordinal: unit for unit in manifest.units}
     sidecars = {item.ref.path: item.ref for item in named if item.ref.path.startswith(SIDECARS)}
     for path, ref in sorted(sidecars.items()):
-        if _ordinal(path) in units and path not in broken:
-            claims.append(Claim(units[_ordinal(path)], sidecar=ref))
+        if layout.ordinal_of(path) in units and path not in broken:
+            claims.append(Claim(units[layout.ordinal_of(path)], sidecar=ref))
     return claims
-
-
-def _ordinal(path: str) -> int:
-    match = _ORDINAL.search(path)
-    return int(match[1]) if match else -1
 
 
 def _prove(prover: Prover, claims: Sequence[Claim], workers: int) -> tuple[list[tuple[Claim, Proof]], str]:

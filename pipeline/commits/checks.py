@@ -71,6 +71,15 @@ def manifest_lies(manifest: Manifest, generations: Sequence[Generation]) -> Iter
         yield f"{name}: {facts['inputs']} inputs, and {live} are accounted for"
 
 
+def former_lies(pointer: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    """Manifests of earlier seals that are not what ``_SUCCESS`` says."""
+    for path, sha256 in pointer.get("former", {}).items():
+        if path not in manifests:
+            yield f"{path}: is missing, or its table is"
+        elif sha256_hex(to_json(manifests[path].facts)) != sha256:
+            yield f"{path}: its sha256 differs from that of {layout.SUCCESS}"
+
+
 def record_lies(documents: Documents, manifest: Manifest) -> Iterator[str]:
     """Commit records that are not where they say, not in the one form, or not what the manifest has."""
     units = {unit.unit_id: unit for unit in manifest.units}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from iqpir.errors import VerificationError
-from pipeline.documents import in_threads, read_document
+from pipeline.documents import in_threads, read_document, stamped, unstamped
 from pipeline.layout import commit_prefix, sha256_hex, to_json
 from pipeline.storage import Storage
 
@@ -88,13 +88,13 @@ def commit(storage: Storage, step: str, fingerprint: str, unit_id: str, record: 
     Returns:
         The record that counts: this one, or that of an earlier attempt.
     """
-    values = {**record, "step": step, "fingerprint": fingerprint, "unit_id": unit_id}
+    values = stamped({**record, "step": step, "fingerprint": fingerprint, "unit_id": unit_id})
     data, prefix = to_json(values), commit_prefix(step, fingerprint)
     if not storage.conditional:
         storage.publish(f"{prefix}/{unit_id}/{sha256_hex(data)[:12]}.json", data)
         smallest = storage.list(f"{prefix}/{unit_id}")[0].path
         return read_document(storage, smallest)
     winner: Record = json.loads(storage.create(f"{prefix}/{unit_id}.json", data))
-    if winner != values:
+    if unstamped(winner) != unstamped(values):
         log.warning("unit %s of %s was committed by another attempt, with other content", unit_id, step)
     return winner

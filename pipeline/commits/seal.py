@@ -218,28 +218,30 @@ def _point_to_newest(storage: Storage) -> Manifest:
 
     That may be another driver's, which planned more and sealed first; a slower one never takes that back.
     """
-    path = _newest(storage)
+    facts = _whole(storage)
     while True:
+        path = max(facts, key=lambda path: (len(facts[path]["generations"]), path))
         manifest = manifest_version(storage, path)
+        former = {other: sha256_hex(to_json(values)) for other, values in facts.items() if other < path}
         pointer = {
             "version": manifest.version,
             "manifest_sha256": manifest.digest,
             "facts_sha256": sha256_hex(to_json(manifest.facts)),
+            **({"former": former} if former else {}),
         }
         _complete(storage, layout.SHARD_LIST, shard_list(manifest.units))
         _complete(storage, layout.SUCCESS, to_json(pointer))
         # Whoever stores a manifest looks here after it: the last one to look has seen them all.
-        before, path = path, _newest(storage)
-        if path == before:
+        before, facts = facts, _whole(storage)
+        if facts.keys() == before.keys():
             return manifest
 
 
-def _newest(storage: Storage) -> str:
+def _whole(storage: Storage) -> dict[str, dict[str, Any]]:
+    """Facts of every manifest whose table is there, by path."""
     present = {entry.path for entry in storage.list("_manifest")}
     whole = sorted(path for path in present if path.removesuffix(".json") + ".parquet" in present - {path})
-    facts = in_threads(lambda path: read_document(storage, path), whole)
-    planned = [(len(values["generations"]), path) for values, path in zip(facts, whole, strict=True)]
-    return max(planned)[1]
+    return dict(zip(whole, in_threads(lambda path: read_document(storage, path), whole), strict=True))
 
 
 def _complete(storage: Storage, path: str, data: bytes) -> None:

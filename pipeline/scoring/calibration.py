@@ -19,7 +19,7 @@ from iqpir.config import digest
 from iqpir.errors import UsageError, VerificationError
 from iqpir.quality_prior import PiecewiseLinear
 from pipeline.corpus import Corpus
-from pipeline.documents import write_document
+from pipeline.documents import stamped, write_document
 from pipeline.layout import calibration_path
 
 Kind = Literal["ecdf", "range", "minmax"]
@@ -223,7 +223,7 @@ def write_calibration(corpus: Corpus, calibration: Calibration) -> None:
     Raises:
         UsageError: the name is taken by another one: calibrations are frozen.
     """
-    values = {**calibration.to_dict(), "digest": calibration.digest}
+    values = stamped({**calibration.to_dict(), "digest": calibration.digest})
     stored = write_document(corpus.storage, calibration_path(calibration.name), values)
     if stored.get("digest") != calibration.digest:
         raise UsageError(

@@ -14,7 +14,7 @@ from iqpir.errors import IncompleteError, UsageError, VerificationError
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import Record, finished
 from pipeline.corpus import Corpus
-from pipeline.documents import in_threads
+from pipeline.documents import in_threads, unstamped
 from pipeline.layout import from_parquet, sha256_hex
 
 
@@ -47,8 +47,7 @@ def read_metric_facts(corpus: Corpus, metric: str, chosen: Mapping[str, str]) ->
             f"Scores of {metric!r} exist in the editions {', '.join(sorted(editions))}.",
             f"Choose one: --fingerprints.{metric}.",
         )
-    facts: dict[str, Any] = json.loads(corpus.storage.read(editions[wanted]))
-    return facts
+    return unstamped(json.loads(corpus.storage.read(editions[wanted])))
 
 
 def read_scores(corpus: Corpus, facts: Mapping[str, Mapping[str, Any]]) -> list[UnitScores]:

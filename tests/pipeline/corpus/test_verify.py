@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 import json
 import shutil
 import tarfile
@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from iqpir.config import digest
 from iqpir.errors import UsageError, VerificationError
 from pipeline.commits.records import commit
 from pipeline.corpus import Corpus
-from pipeline.documents import publish_table
+from pipeline.documents import publish_table, stamped
 from pipeline.gc import GcConfig, gc
 from pipeline.layout import (
     MANIFEST,
@@ -20,6 +21,8 @@ from pipeline.layout import (
     labels_index_path,
     labels_path,
     manifest_path,
+    metric_facts_path,
+    scores_path,
     sha256_hex,
     to_json,
     to_parquet,
@@ -79,7 +82,7 @@ def forge(root: Path, path: Path) -> None:
     for item in values["objects"]:
         if item["path"] == name:
             item["bytes"], item["sha256"] = len(data), sha256_hex(data)
-    record.write_bytes(to_json(values))
+    record.write_bytes(to_json(stamped(values)))
 
 
 def test_a_whole_corpus_is_proved(root: Path) -> None:
@@ -161,27 +164,58 @@ def test_a_key_in_two_units_is_found(root: Path, caplog: pytest.LogCaptureFixtur
     assert f"keys of other units, such as {key}" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["none", "row missing", "doubled", "flipped", "absent"])
-def test_scores_and_labels_have_a_row_for_every_sample(root: Path, damage: str) -> None:
+def publish_scores_and_labels(corpus: Corpus, table: pa.Table) -> tuple[str, str]:
+    """``table`` as the scores and as the labels of the first unit, with every document; returns both paths."""
+    storage, unit = corpus.storage, corpus.manifest().units[0]
+    facts = {"name": "m", "version": "1"}
+    fingerprint = digest(facts)
+    scores = publish_table(storage, table, functools.partial(scores_path, "m", fingerprint, 0))
+    commit(storage, "score-m", fingerprint, unit.unit_id, {"objects": [scores.to_dict()]})
+    storage.publish(metric_facts_path("m", fingerprint), to_json(stamped({**facts, "fingerprint": fingerprint})))
+    labels = publish_table(storage, table, functools.partial(labels_path, "plain", 0), {"a": "b"})
+    index = {
+        "name": "plain",
+        "metrics": {"m": fingerprint},
+        "manifest": corpus.manifest().digest,
+        "objects": [labels.to_dict()],
+    }
+    storage.publish(labels_index_path("plain"), to_json({**index, "digest": digest(index)}))
+    return scores.path, labels.path
+
+
+ROWLESS, TWICE = "has no row for 1 samples of unit 000000", "has a key twice"
+
+
+@pytest.mark.parametrize(
+    ("damage", "of_scores", "of_labels"),
+    [
+        ("none", "", ""),
+        ("row missing", ROWLESS, ROWLESS),
+        ("doubled", TWICE, TWICE),
+        ("flipped", "its sha256 differs from its record's", ""),
+        ("absent", "", "is missing, labels/plain/_labels.json names it"),
+    ],
+)
+def test_scores_and_labels_have_a_row_for_every_sample(
+    root: Path, damage: str, of_scores: str, of_labels: str, caplog: pytest.LogCaptureFixture
+) -> None:
     corpus = Corpus(str(root))
-    unit = corpus.manifest().units[0]
-    table = corpus.unit_samples(unit, ["key"])
+    table = corpus.unit_samples(corpus.manifest().units[0], ["key"])
     if damage == "row missing":
         table = table.slice(1)
     if damage == "doubled":
         table = pa.concat_tables([table, table.slice(0, 1)])
-    ref = publish_table(corpus.storage, table, lambda sha256: f"scores/m/f/000000-{sha256[:12]}.parquet")
-    commit(corpus.storage, "score/m", "f", unit.unit_id, {"objects": [ref.to_dict()]})
-    labels = publish_table(corpus.storage, table, lambda sha256: labels_path("plain", 0, sha256), {"a": "b"})
-    corpus.storage.publish(labels_index_path("plain"), to_json({"objects": [dataclasses.asdict(labels)]}))
+    scores, labels = publish_scores_and_labels(corpus, table)
     if damage == "flipped":
-        flip(root / ref.path, 100)
+        flip(root / scores, 100)
     if damage == "absent":
-        (root / labels.path).unlink()
+        (root / labels).unlink()
     if damage == "none":
         assert verify(VerifyConfig(corpus=str(root), workers=0)).objects == 9
-    else:
-        assert "scores/" in lie(root) or "labels/" in lie(root)
+        return
+    lie(root)
+    expected = [f"{path}: {text}" for path, text in ((scores, of_scores), (labels, of_labels)) if text]
+    assert sorted(record.message for record in caplog.records) == sorted(expected)
 
 
 def test_what_is_not_sealed_cannot_be_verified(tmp_path: Path) -> None:
