@@ -1,7 +1,9 @@
 import functools
 import json
+import re
 import shutil
 import tarfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +31,9 @@ from pipeline.layout import (
 )
 from pipeline.shard import ShardResult
 from pipeline.status import StatusConfig, status
+from pipeline.storage import Storage
 from pipeline.verify import VerifyConfig, verify
+from tests.pipeline.corpus.conftest import Requests
 
 
 @pytest.fixture
@@ -216,6 +220,28 @@ def test_scores_and_labels_have_a_row_for_every_sample(
     lie(root)
     expected = [f"{path}: {text}" for path, text in ((scores, of_scores), (labels, of_labels)) if text]
     assert sorted(record.message for record in caplog.records) == sorted(expected)
+
+
+@pytest.mark.slow
+def test_the_same_lies_are_found_in_a_bucket(
+    s3: Requests, draw: Callable[..., Path], sharded: Callable[..., ShardResult]
+) -> None:
+    """A shard is proved from a copy on this machine there, not from the file itself."""
+    storage = Storage.open(f"s3://pictures/{uuid.uuid4().hex}")
+    config = VerifyConfig(corpus=sharded(draw(5), storage.url).corpus, workers=0)
+    assert verify(config).samples == 5
+    for folder in ("shards/", "samples/", "_commits/shard/", "_plan/", "_SUCCESS"):
+        path = next(entry.path for entry in storage.list() if entry.path.startswith(folder))
+        whole = storage.read(path)
+        for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2]):
+            storage.publish(path, damaged)
+            with pytest.raises(VerificationError, match=re.escape(path)):
+                verify(config)
+        storage.remove(path)
+        with pytest.raises(VerificationError, match=re.escape(path)):
+            verify(config)
+        storage.publish(path, whole)
+    assert verify(config).samples == 5
 
 
 def test_what_is_not_sealed_cannot_be_verified(tmp_path: Path) -> None:
