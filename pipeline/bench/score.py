@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
+from iqpir.quality_prior import load_rank_network
 from pipeline.bench.measure import Measured, Options, alternate, require_equal
 from pipeline.bench.peers import peer
 from pipeline.bench.pictures import write_pictures
@@ -16,8 +17,10 @@ from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
 from pipeline.torchvision_ops import ensure_torchvision_operators
 
-METRICS = ["piqe", "niqe", "entropy"]
+CLASSIC = ["piqe", "niqe"]
 """pyiqa's without weights to fetch; ``niqe`` with the pristine model of this project on both sides."""
+METRICS = [*CLASSIC, "rank"]
+"""What ``score`` computes by default; ``rank`` is this project's network, so the peer calls the same weights."""
 TOLERANCE = 2e-3
 """Of the largest difference of a score, relative to the score."""
 
@@ -32,7 +35,7 @@ def run(options: Options) -> Measured:
     shard(ShardConfig(input=str(source), corpus=str(made), workers=0))
     number = itertools.count()
     classic = peer("score")
-    metrics = classic.load(METRICS, str(NIQE_MODEL))
+    metrics = classic.load(CLASSIC, str(NIQE_MODEL), {"rank": load_rank_network("rank", "cpu")})
 
     def ours() -> Path:
         # A fresh corpus each time: scores that are there are not computed again.

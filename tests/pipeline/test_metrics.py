@@ -209,8 +209,10 @@ def test_niqe_is_pyiqas_where_that_is_finite_and_finite_everywhere() -> None:
     import pyiqa
 
     theirs = pyiqa.create_metric("niqe", device="cpu", pretrained_model_path=str(NIQE_MODEL))
+    # The second has a flat region of 96 pixels: its statistics hang on the last bits of the window's weights.
     pictures = _tensor([drawn_picture(seed, 200) for seed in range(2)])
-    torch.testing.assert_close(ours(pictures), theirs(pictures).reshape(-1).float(), rtol=1e-5, atol=1e-4)
+    pictures[1, :, 8:104, 8:104] = 0.5
+    torch.testing.assert_close(ours(pictures), theirs(pictures).reshape(-1).float(), rtol=1e-5, atol=0)
     flat = torch.full((1, 3, 40, 200), 0.5)
     assert float(ours(flat)) > float(ours(pictures).max())
     assert bool(ours(pictures[..., :33, :35]).isfinite().all())
