@@ -6,6 +6,7 @@ own features, so that ``niqe`` needs no download; its values are not comparable 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def _erase_date(path: Path) -> None:
 def _sharp_block_features(picture: Picture) -> NDArray[np.float64]:
     """Features [n,36] of the picture's sharp blocks, at full and at half resolution."""
     luma = _luma(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255.0)
-    sharpness = _block_means(_local_deviation(luma), BLOCK)
+    sharpness = _block_means(_window_statistics(luma)[1], BLOCK)
     features = _block_features(luma)[0]
     return np.asarray(features[sharpness > SHARPNESS_SHARE * sharpness.max()].numpy(), np.float64)
 
@@ -133,25 +134,75 @@ def _luma(pictures: Tensor) -> Tensor:
 
 def _block_features(luma: Tensor) -> Tensor:
     """Luma [B,1,h,w], h and w multiples of 96 -> features [B,blocks,36] at full and at half resolution."""
-    from pyiqa.archs.niqe_arch import blockproc, compute_feature, imresize
+    from pyiqa.archs.niqe_arch import imresize
 
     half = imresize(luma / 255.0, scale=0.5, antialiasing=True) * 255.0
-    columns = [
-        blockproc(_locally_normalised(image), [side, side], fun=compute_feature)
-        for image, side in ((luma, BLOCK), (half, BLOCK // 2))
-    ]
-    return torch.cat(columns, dim=-1)
+    scales = ((luma, BLOCK), (half, BLOCK // 2))
+    return torch.cat([_features(_blocks(_locally_normalised(image), side)) for image, side in scales], dim=-1)
+
+
+def _blocks(luma: Tensor, side: int) -> Tensor:
+    """[B,1,h,w] -> [B,blocks,side,side], column by column, rows within, as pyiqa's blockproc orders them."""
+    count, _, height, width = luma.shape
+    grid = luma.view(count, height // side, side, width // side, side)
+    return grid.permute(0, 3, 1, 2, 4).reshape(count, -1, side, side)
+
+
+def _features(blocks: Tensor) -> Tensor:
+    """The 18 features of a scale (section II): normalised luma [B,n,side,side] -> [B,n,18]."""
+    neighbours = [blocks.roll(shift, (2, 3)) for shift in ((0, 1), (1, 0), (1, 1), (1, -1))]
+    alpha, left, right = _fit_aggd(torch.stack([blocks, *(blocks * other for other in neighbours)], dim=2))
+    mean = (right - left) * (torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha)).exp()
+    own = torch.stack([alpha[..., 0], (left[..., 0] + right[..., 0]) / 2], dim=-1)
+    products = torch.stack([alpha, mean, left, right], dim=-1)[:, :, 1:]
+    return torch.cat([own, products.flatten(2)], dim=-1)
+
+
+def _fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric generalised Gaussians (eq. 4) by moments (Lasmar et al., ICIP 2009).
+
+    Args:
+        values: [...,h,w], a distribution each.
+
+    Returns:
+        shape alpha, 0.2 to 10 in steps of 0.001, and the scales of the left and of the right side, [...] each; not
+        a number where a side has no value, and alpha 0.2 there, as pyiqa has it.
+    """
+    shapes, ratios = _aggd_table()
+    squares = values**2
+    left, right = (
+        (squares * side).sum((-1, -2)).div(side.sum((-1, -2), dtype=torch.float32)).sqrt()
+        for side in (values < 0, values > 0)
+    )
+    skew = left / right
+    ratio = values.abs().mean((-1, -2)) ** 2 / squares.mean((-1, -2))
+    wanted = ratio * (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
+    shapes, ratios = shapes.to(values), ratios.to(values)
+    above = torch.searchsorted(ratios, wanted.contiguous()).clamp(1, len(ratios) - 1)
+    nearest = torch.where(wanted - ratios[above - 1] <= ratios[above] - wanted, above - 1, above)
+    alpha = shapes[nearest.where(wanted.isfinite(), 0)]
+    spread = (torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha)).exp().sqrt()
+    return alpha, left * spread, right * spread
+
+
+@cache
+def _aggd_table() -> tuple[Tensor, Tensor]:
+    """Shapes, and the ratio of moments that each has (rising), [9801] each."""
+    shapes = torch.arange(0.2, 10.001, 0.001).double()
+    ratios = (2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes)).exp()
+    return shapes, ratios
 
 
 def _locally_normalised(luma: Tensor) -> Tensor:
     """Mean-subtracted, contrast-normalised luma (eq. 1): [B,1,h,w] -> the same."""
-    return (luma - _window_means(luma)) / (_local_deviation(luma) + 1)
+    mean, deviation = _window_statistics(luma)
+    return (luma - mean) / (deviation + 1)
 
 
-def _local_deviation(luma: Tensor) -> Tensor:
-    """Deviation in the window of each pixel (eq. 3): [B,1,H,W] -> the same."""
-    deviation: Tensor = (_window_means(luma**2) - _window_means(luma) ** 2).abs().sqrt()
-    return deviation
+def _window_statistics(luma: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in the window of each pixel (eq. 2, 3): [B,1,H,W] -> twice the same."""
+    mean = _window_means(luma)
+    return mean, (_window_means(luma**2) - mean**2).abs().sqrt()
 
 
 def _window_means(luma: Tensor) -> Tensor:

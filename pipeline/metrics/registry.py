@@ -138,7 +138,9 @@ def _rank(name: str) -> Metric:
     """A rank network of this project: trained on 32 to 128 pixels, applied at native resolution."""
 
     def build(device: str | torch.device, weights_uri: str | None = None) -> Scorer:
-        return Enlarged(load_rank_network(name, device), 32, "mirror")
+        # Channels last: a quarter faster on a CPU.
+        network = load_rank_network(name, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Enlarged(network, 32, "mirror")
 
     return Metric(
         name=name,
