@@ -1,10 +1,12 @@
 """What ``iqpir.pixels`` promises, on files made here."""
 
 import io
+import itertools
 import pickle
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -412,3 +414,28 @@ def test_facts_of_damaged_files_are_refused_as_decoding_does() -> None:
                 damaged[where] = generator.integers(0, 256, 5)
             cut = damaged.tobytes()[: generator.integers(len(data) // 2, len(data) + 1)]
             assert verdict(read_facts, cut) == verdict(decode, cut), name
+
+
+def jpegs() -> Iterator[bytes]:
+    """A small picture in each kind of JPEG that Pillow writes."""
+    picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (37, 51, 3), np.uint8)).resize((101, 75))
+    kinds = itertools.product(("RGB", "L", "CMYK"), ("4:4:4", "4:2:0"), (False, True), (0, 2))
+    for mode, subsampling, progressive, restart in kinds:
+        buffer = io.BytesIO()
+        options = {"subsampling": subsampling, "progressive": progressive, "restart_marker_blocks": restart}
+        picture.convert(mode).save(buffer, "JPEG", quality=85, **options)
+        yield buffer.getvalue()
+
+
+def test_a_jpeg_decoded_at_an_eighth_fails_where_it_fails_at_full_size() -> None:
+    generator = np.random.default_rng(3)
+    refused = 0
+    for data in jpegs():
+        for _ in range(40):
+            damaged = np.frombuffer(data, np.uint8).copy()
+            where = generator.integers(2, len(data), generator.integers(0, 4))
+            damaged[where] = generator.integers(0, 256, len(where))
+            cut = damaged.tobytes()[: generator.choice([len(data), generator.integers(2, len(data))])]
+            assert verdict(read_facts, cut) == verdict(decode, cut)
+            refused += isinstance(verdict(decode, cut), tuple)
+    assert 200 < refused < 900
