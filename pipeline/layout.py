@@ -3,7 +3,7 @@
 ::
 
     _plan/g000001.json + g000001-<sha12>.parquet       inputs cut into units
-    _commits/<step>/<fingerprint>/<unit_id>.json       the one commit point of a piece of work
+    _commits/<step>/<fingerprint>/<unit_id>.json       the one commit point of a piece of work; ~1, ~2: done again
     shards/<collection>-000012-<sha12>.tar             <key>.<ext> = the original bytes, <key>.json
     samples/000012-<sha12>.parquet                     one row per input: success, rejected_* or failed_*
     scores/<metric>/<fingerprint>/000012-<sha12>.parquet + _metric.json
@@ -222,6 +222,17 @@ def plan_table_path(generation: int, sha256: str) -> str:
 def commit_prefix(step: str, fingerprint: str) -> str:
     """Folder of the commit records of one step under one configuration."""
     return f"_commits/{step}/{fingerprint}"
+
+
+def commit_name(unit_id: str, retry: int = 0) -> str:
+    """Name of a unit's record in that folder, without a suffix; ``retry`` counts the times it was done again."""
+    return f"{unit_id}~{retry}" if retry else unit_id
+
+
+def parse_commit_name(name: str) -> tuple[str, int]:
+    """Inverse of ``commit_name``."""
+    unit_id, _, retry = name.partition("~")
+    return unit_id, int(retry or 0)
 
 
 def shard_path(collection: str, ordinal: int, sha256: str) -> str:

@@ -7,7 +7,7 @@ without touching the others.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.documents import stamped, write_document
 from pipeline.layout import metric_facts_path
 from pipeline.scoring.cascade import Gate, in_order, parse_cascade
 from pipeline.scoring.passes import Scoring
+from pipeline.scoring.retries import may_be_retried
 from pipeline.scoring.score_unit import ScorePlan, ScoreTask, UnitScorer, prove_metrics
 from pipeline.scoring.tiling import TilingPolicy
 
@@ -53,6 +54,9 @@ class ScoreConfig:
     cascade: dict[str, str] = field(default_factory=dict)
     """Metric -> condition on raw scores of other metrics, such as {"musiq": "rank > 0.3"}: samples that do not
     meet it are not scored by that metric. Part of its fingerprint. Several conditions: joined by and."""
+    retry: bool = False
+    """Once every unit is scored, score samples again that failed for a reason that may pass (failed_metric and
+    failed_out_of_memory), and those that a cascade skipped for want of such a score."""
     max_failed: float = 0.5
     """Largest part of a unit's samples that a metric may fail on; a unit with more is not committed for that metric.
     1 accepts any."""
@@ -116,14 +120,37 @@ def score(config: ScoreConfig) -> ScoreResult:
     corpus = Corpus(config.corpus)
     manifest = corpus.manifest()
     declared = _declare(corpus, config)
-    done = {name: finished(corpus.storage, f"score-{name}", found["fingerprint"]) for name, found in declared.items()}
-    tasks = _tasks(manifest.units, done, parse_cascade(config.cascade, config.metrics))
+    gates = parse_cascade(config.cascade, config.metrics)
+    tasks = _tasks(manifest.units, _done(corpus, declared, config.metrics), gates)
     counts: dict[str, dict[str, Any]] = {
         name: {"fingerprint": found["fingerprint"], "scored": 0, "failed": 0, "skipped": 0}
         for name, found in declared.items()
     }
-    failures, committed = [], 0
     work = UnitScorer(corpus.storage, declared, config.plan())
+    _run(config, work, tasks, len(manifest.units), counts)
+    # In the order of the cascade: what a metric has now decides what the next one may see.
+    for name in in_order(config.metrics, gates) if config.retry else ():
+        done = _done(corpus, declared, (name, *(gates[name].metrics if name in gates else ())))
+        again = _retries(manifest.units, done, name)
+        _run(config, work, again, len(again), counts)
+    return ScoreResult(
+        corpus=corpus.storage.url,
+        samples=manifest.samples,
+        metrics=counts,
+        skipped_units=len(manifest.units) - len(tasks),
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+def _run(
+    config: ScoreConfig, work: UnitScorer, tasks: Sequence[ScoreTask], total: int, counts: dict[str, dict[str, Any]]
+) -> None:
+    """Do ``tasks``, all that is left of ``total`` units, and add up what became of their samples.
+
+    Raises:
+        IncompleteError, PermanentError: as ``score``.
+    """
+    failures, committed = [], 0
     pool = ActorPool(min=config.min_actors, idle_seconds=config.idle_seconds)
     for task, outcome in schedule(iter(tasks), work, len(tasks), "score", config.scheduling, pool):
         if outcome.value is None:
@@ -134,19 +161,12 @@ def score(config: ScoreConfig) -> ScoreResult:
             for kind, count in found.items():
                 counts[name][kind] += count
     _warn_of_failures(counts)
-    RunReport(
-        total=len(manifest.units),
-        skipped=len(manifest.units) - len(tasks),
-        done=committed,
-        failures=tuple(failures),
-    ).require_complete("score")
-    return ScoreResult(
-        corpus=corpus.storage.url,
-        samples=manifest.samples,
-        metrics=counts,
-        skipped_units=len(manifest.units) - len(tasks),
-        seconds=round(time.monotonic() - start, 3),
-    )
+    report = RunReport(total=total, skipped=total - len(tasks), done=committed, failures=tuple(failures))
+    report.require_complete("score")
+
+
+def _done(corpus: Corpus, declared: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Finished]:
+    return {name: finished(corpus.storage, f"score-{name}", declared[name]["fingerprint"]) for name in names}
 
 
 def _tasks(units: Sequence[ManifestUnit], done: Mapping[str, Finished], gates: Mapping[str, Gate]) -> list[ScoreTask]:
@@ -163,6 +183,26 @@ def _tasks(units: Sequence[ManifestUnit], done: Mapping[str, Finished], gates: M
     return [
         replace(task, compared={other: tables[other][task.unit_id]["objects"][0] for other in task.compared})
         for task in tasks
+    ]
+
+
+def _retries(units: Sequence[ManifestUnit], done: Mapping[str, Finished], name: str) -> list[ScoreTask]:
+    """Units that have failures of a metric, or samples that a cascade kept from it."""
+    records = {metric: found.load([unit.unit_id for unit in units]) for metric, found in done.items()}
+    tables = {
+        metric: {unit_id: record["objects"][0] for unit_id, record in found.items()}
+        for metric, found in records.items()
+    }
+    return [
+        ScoreTask(
+            unit,
+            (name,),
+            compared={other: table[unit.unit_id] for other, table in tables.items() if other != name},
+            former=tables[name][unit.unit_id],
+            retry=records[name][unit.unit_id].get("retry", 0) + 1,
+        )
+        for unit in units
+        if may_be_retried(records[name][unit.unit_id])
     ]
 
 

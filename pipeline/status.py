@@ -10,6 +10,7 @@ from iqpir.errors import UsageError, VerificationError
 from pipeline.commits.manifest import Manifest, read_manifest
 from pipeline.commits.plan import Generation, read_generations
 from pipeline.commits.records import finished
+from pipeline.layout import parse_commit_name
 from pipeline.storage import Storage
 
 
@@ -101,7 +102,7 @@ def _steps(storage: Storage) -> dict[str, int]:
     units: dict[str, set[str]] = {}
     for entry in storage.list("_commits"):
         *step, last = entry.path.removeprefix("_commits/").removesuffix(".json").split("/")
-        if len(step[-1]) == 32:  # <unit>/<attempt>.json, on stores without conditions
+        if len(parse_commit_name(step[-1])[0]) == 32:  # <unit>/<attempt>.json, on stores without conditions
             last = step.pop()
-        units.setdefault("/".join(step), set()).add(last)
+        units.setdefault("/".join(step), set()).add(parse_commit_name(last)[0])
     return {step: len(found) for step, found in sorted(units.items())}

@@ -8,7 +8,7 @@ from pipeline import layout
 from pipeline.commits.manifest import Manifest, manifest_version, shard_list
 from pipeline.commits.plan import Generation, identity_of, make_unit_id, superseded
 from pipeline.commits.references import Reference
-from pipeline.layout import commit_prefix, sha256_hex, to_json
+from pipeline.layout import commit_name, commit_prefix, sha256_hex, to_json
 from pipeline.storage import Entry, Storage
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -88,7 +88,8 @@ def record_lies(documents: Documents, manifest: Manifest) -> Iterator[str]:
         if not path.startswith("_commits/"):
             continue
         unit_id, step = values.get("unit_id"), values.get("step")
-        place = f"{commit_prefix(str(step), str(values.get('fingerprint')))}/{unit_id}"
+        name = commit_name(str(unit_id), int(values.get("retry", 0)))
+        place = f"{commit_prefix(str(step), str(values.get('fingerprint')))}/{name}"
         if path != f"{place}.json" and path != f"{place}/{sha256_hex(to_json(values))[:12]}.json":
             yield f"{path}: is the record of another step or unit"
         unit = units.get(str(unit_id))

@@ -3,6 +3,8 @@
 Execution is at least once, the effect exactly once: a unit's payload is stored under names that carry their
 sha256, then its commit record is created where there is none. A second attempt adopts the record of the
 first; its own objects are orphans, which no reader sees and ``jobs/gc.py`` removes later.
+
+No record is ever changed. Work that is done again on purpose has a further record, numbered; the last one counts.
 """
 
 import json
@@ -12,7 +14,7 @@ from typing import Any
 
 from iqpir.errors import VerificationError
 from pipeline.documents import in_threads, read_document, stamped, unstamped
-from pipeline.layout import commit_prefix, sha256_hex, to_json
+from pipeline.layout import commit_name, commit_prefix, parse_commit_name, sha256_hex, to_json
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -33,13 +35,15 @@ class Finished(Mapping[str, Record]):
         self._storage = storage
         self._records: dict[str, Record] = {}
         self._paths: dict[str, str] = {}
+        retries: dict[str, int] = {}
         prefix = commit_prefix(step, fingerprint)
         for entry in storage.list(prefix):
             name = entry.path[len(prefix) + 1 :].removesuffix(".json")
-            unit_id, _, attempt = name.partition("/")
+            name, _, attempt = name.partition("/")
+            unit_id, retry = parse_commit_name(name)
             # <unit>.json, or <unit>/<sha12>.json on stores without conditions: there the smallest name wins.
-            if not attempt or unit_id not in self._paths:
-                self._paths[unit_id] = entry.path
+            if retry > retries.get(unit_id, -1) or (retry == retries[unit_id] and not attempt):
+                self._paths[unit_id], retries[unit_id] = entry.path, retry
 
     def __contains__(self, unit_id: object) -> bool:
         return unit_id in self._paths
@@ -74,7 +78,9 @@ def finished(storage: Storage, step: str, fingerprint: str) -> Finished:
     return Finished(storage, step, fingerprint)
 
 
-def commit(storage: Storage, step: str, fingerprint: str, unit_id: str, record: Mapping[str, Any]) -> Record:
+def commit(
+    storage: Storage, step: str, fingerprint: str, unit_id: str, record: Mapping[str, Any], retry: int = 0
+) -> Record:
     """Make a unit's work count; its payload must be stored already.
 
     Args:
@@ -84,17 +90,19 @@ def commit(storage: Storage, step: str, fingerprint: str, unit_id: str, record: 
         unit_id: the unit.
         record: JSON values; ``objects`` lists the payload (``ObjectRef.to_dict``) for verify and gc. Without
             times, hosts or attempt numbers: equal work makes equal records.
+        retry: 0, or that of the record which this one takes the place of, plus one.
 
     Returns:
         The record that counts: this one, or that of an earlier attempt.
     """
-    values = stamped({**record, "step": step, "fingerprint": fingerprint, "unit_id": unit_id})
-    data, prefix = to_json(values), commit_prefix(step, fingerprint)
+    numbered = {"retry": retry} if retry else {}
+    values = stamped({**record, **numbered, "step": step, "fingerprint": fingerprint, "unit_id": unit_id})
+    data, place = to_json(values), f"{commit_prefix(step, fingerprint)}/{commit_name(unit_id, retry)}"
     if not storage.conditional:
-        storage.publish(f"{prefix}/{unit_id}/{sha256_hex(data)[:12]}.json", data)
-        smallest = storage.list(f"{prefix}/{unit_id}")[0].path
+        storage.publish(f"{place}/{sha256_hex(data)[:12]}.json", data)
+        smallest = storage.list(place)[0].path
         return read_document(storage, smallest)
-    winner: Record = json.loads(storage.create(f"{prefix}/{unit_id}.json", data))
+    winner: Record = json.loads(storage.create(f"{place}.json", data))
     if unstamped(winner) != unstamped(values):
         log.warning("unit %s of %s was committed by another attempt, with other content", unit_id, step)
     return winner

@@ -14,6 +14,7 @@ from pipeline.metrics import Metric, Scorer
 from pipeline.scoring.tiling import Picture, TileScores, TilingPolicy, combine, cut
 
 OUT_OF_MEMORY = "failed_out_of_memory"
+FAILED_METRIC = "failed_metric"
 RESCUE_SIDE = 224
 """A picture that does not fit into memory is not cut into smaller tiles than this."""
 
@@ -162,7 +163,7 @@ def _require_device(loaded: LoadedMetric, error: BaseException) -> None:
 def _failure(error: BaseException, seconds: float) -> Scored:
     if _is_out_of_memory(error):
         return Scored(None, OUT_OF_MEMORY, "out_of_memory", seconds)
-    return Scored(None, "failed_metric", type(error).__name__, seconds)
+    return Scored(None, FAILED_METRIC, type(error).__name__, seconds)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ from iqpir.errors import UsageError
 
 SKIPPED = "skipped_cascade"
 """Status of a sample that a cascade kept from a metric."""
+UNKNOWN = "no_"
+"""Begins the error code of a sample that was skipped because the metric after it has no score of it."""
 
 _TERM = re.compile(r"^([A-Za-z0-9_+.\-]+)\s*(>=|<=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)$")
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -45,7 +47,7 @@ class Gate:
         for term in self.terms:
             score = scores.get(term.metric)
             if score is None:
-                return f"no_{term.metric}"
+                return f"{UNKNOWN}{term.metric}"
             if not _OPERATORS[term.sign](score, term.threshold):
                 return f"by_{term.metric}"
         return ""

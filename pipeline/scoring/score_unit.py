@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from iqpir.errors import IqpirError, PermanentError, VerificationError
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import commit
 from pipeline.corpus import Corpus
 from pipeline.layout import SCORES, TILED_SCORES, scores_path
-from pipeline.metrics import Metric, find_metrics, scorer_digest
+from pipeline.metrics import find_metrics, scorer_digest
 from pipeline.scoring.batches import LoadedMetric, Scored
 from pipeline.scoring.cascade import SKIPPED
-from pipeline.scoring.passes import CRASHES, FAILED_DECODE, Scoring, breakage, score_samples
+from pipeline.scoring.passes import CRASHES, FAILED_DECODE, Known, Scoring, breakage, score_samples
+from pipeline.scoring.retries import RETRIABLE, retriable
 from pipeline.scoring.tables import read_table
 from pipeline.scoring.tiling import TileScores
 from pipeline.storage import Storage
@@ -32,6 +34,10 @@ class ScoreTask:
     metrics: tuple[str, ...]
     compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Metric that a gate compares and that is scored already -> its table (``ObjectRef.to_dict``)."""
+    former: Mapping[str, Any] = field(default_factory=dict)
+    """The table of the one metric whose failures are scored again; empty otherwise."""
+    retry: int = 0
+    """With ``former``: number of the record that takes the place of that table's."""
 
     @property
     def unit_id(self) -> str:
@@ -95,17 +101,40 @@ class UnitScorer:
         columns = ["key", "shard", "byte_offset", "byte_size", "sha256"]
         rows = corpus.unit_samples(task.unit, columns).to_pylist()
         known = {name: _raw_by_key(read_table(corpus, table)) for name, table in task.compared.items()}
+        if task.former:
+            return self._again(corpus, task, rows, known)
         metrics, broken = self._load(task.metrics)
         scored = score_samples(corpus, rows, metrics, plan.how, known, broken)
         counts, failures = {}, []
         for name in task.metrics:
             try:
-                counts[name] = self._commit(corpus, task.unit, find_metrics([name])[0], rows, scored.of(name))
+                counts[name] = self._keep(corpus, task.unit, name, rows, scored.of(name))
             except (IqpirError, OSError) as error:
                 failures.append(error)
         if failures:
             raise failures[0]
         return counts
+
+    def _again(
+        self, corpus: Corpus, task: ScoreTask, rows: list[dict[str, Any]], known: Known
+    ) -> dict[str, dict[str, int]]:
+        """As ``__call__``, for the failures of one metric alone; a table in which nothing changed is not stored."""
+        (name,) = task.metrics
+        former = read_table(corpus, task.former)
+        wanted = retriable(former, known)
+        rows = [row for row in rows if row["key"] in wanted]
+        metrics, broken = self._load(task.metrics if rows else ())
+        results = score_samples(corpus, rows, metrics, self.plan.how, known, broken).of(name) if rows else {}
+        changed = {key: scored for key, scored in results.items() if scored.status not in RETRIABLE}
+        if changed:
+            tiled = self.plan.how.tiling.size > 0
+            fresh = {row["key"]: row for row in _table(rows, results, tiled=tiled).to_pylist()}
+            merged = [fresh[row["key"]] if row["key"] in changed else row for row in former.to_pylist()]
+            table = pa.Table.from_pylist(merged, former.schema.remove_metadata())
+            self._commit(corpus, task.unit, name, table, task.retry)
+        skipped = sum(scored.status == SKIPPED for scored in changed.values())
+        failed = sum(scored.raw is None for scored in results.values()) - skipped
+        return {name: {"scored": len(results) - failed - skipped, "failed": failed, "skipped": skipped}}
 
     def _load(self, names: Sequence[str]) -> tuple[list[LoadedMetric], dict[str, IqpirError | OSError]]:
         """The metrics on this worker, and why some of them are not."""
@@ -133,42 +162,45 @@ class UnitScorer:
             )
         return loaded
 
-    def _commit(
+    def _keep(
         self,
         corpus: Corpus,
         unit: ManifestUnit,
-        metric: Metric,
+        name: str,
         rows: list[dict[str, Any]],
         results: Mapping[str, Scored],
     ) -> dict[str, int]:
-        """Store one metric's table, then its commit record; returns counts of scored, failed and skipped.
+        """Store what one metric made of a unit; returns counts of scored, failed and skipped.
 
         Raises:
             PermanentError: it failed on too many samples.
         """
-        _require_few_failures(unit, metric.name, results.values(), self.plan.max_failed)
-        facts = self.declared[metric.name]
+        _require_few_failures(unit, name, results.values(), self.plan.max_failed)
+        return self._commit(corpus, unit, name, _table(rows, results, tiled=self.plan.how.tiling.size > 0))
+
+    def _commit(self, corpus: Corpus, unit: ManifestUnit, name: str, table: pa.Table, retry: int = 0) -> dict[str, int]:
+        """Store one metric's table, then its commit record; returns counts of scored, failed and skipped."""
+        facts = self.declared[name]
         fingerprint = str(facts["fingerprint"])
         reference = corpus.publish_table(
-            _table(rows, results, tiled=self.plan.how.tiling.size > 0),
-            lambda sha256: scores_path(metric.name, fingerprint, unit.ordinal, sha256),
-            self._footer(metric, facts),
+            table, lambda sha256: scores_path(name, fingerprint, unit.ordinal, sha256), self._footer(name, facts)
         )
-        skipped = sum(scored.status == SKIPPED for scored in results.values())
-        failed = sum(scored.raw is None for scored in results.values()) - skipped
+        skipped = pc.sum(pc.equal(table["status"], SKIPPED)).as_py() or 0
+        failed = table["raw"].null_count - skipped
         record = {
-            "metric": metric.name,
+            "metric": name,
             "objects": [reference.to_dict()],
-            "samples": len(rows),
-            "success": len(rows) - failed - skipped,
+            "samples": table.num_rows,
+            "success": table.num_rows - failed - skipped,
             "failed": failed,
             **({"skipped": skipped} if "cascade" in facts else {}),
         }
-        commit(corpus.storage, f"score-{metric.name}", fingerprint, unit.unit_id, record)
-        return {"scored": len(rows) - failed - skipped, "failed": failed, "skipped": skipped}
+        commit(corpus.storage, f"score-{name}", fingerprint, unit.unit_id, record, retry)
+        return {"scored": table.num_rows - failed - skipped, "failed": failed, "skipped": skipped}
 
-    def _footer(self, metric: Metric, facts: Mapping[str, Any]) -> dict[str, str]:
+    def _footer(self, name: str, facts: Mapping[str, Any]) -> dict[str, str]:
         """Where the numbers of a file come from, in its own footer."""
+        metric = find_metrics([name])[0]
         batches = {"pixels": self.plan.how.batch_pixels, "pictures": "many" if metric.batchable else "one"}
         provenance = {**facts, "dtype": "float32", "device": self.plan.device, "batch": batches}
         return {

@@ -18,14 +18,19 @@ from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
 from pipeline.commits.units import LostWorkerError, SchedulingConfig
 from pipeline.corpus import Corpus
+from pipeline.gc import GcConfig, gc
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, score
 from pipeline.scoring.batches import LoadedMetric, score_batch
 from pipeline.scoring.passes import Scoring, score_samples
+from pipeline.scoring.tables import read_scores
 from pipeline.scoring.tiling import Picture
 from pipeline.shard import ShardConfig, shard
+from pipeline.status import StatusConfig, status
+from pipeline.storage import Storage
 from pipeline.verify import VerifyConfig, verify
+from tests.chaos.invariants import files
 from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
 from tests.pipeline.metric_plugin import install_moody, set_mood
 
@@ -196,6 +201,48 @@ def test_a_metric_that_fails_on_most_samples_of_a_unit_is_not_committed_for_it(
     assert (_records(corpus, "rank"), _records(corpus, "moody")) == (2, 0)
     accepting = score(dataclasses.replace(config, max_failed=1.0)).metrics["moody"]
     assert (accepting["scored"], accepting["failed"]) == (0, 8)
+
+
+@pytest.mark.parametrize("conditional", [True, False], ids=["conditions", "no conditions"])
+def test_a_retry_scores_what_failed_and_what_waited_for_it_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conditional: bool
+) -> None:
+    plugin = tmp_path / "plugin"
+    install_moody(plugin, monkeypatch)
+    corpus = drawn_corpus(tmp_path, count=2, side=32)
+    monkeypatch.setattr(Storage, "conditional", conditional)
+    config = ScoreConfig(
+        corpus=corpus.storage.url,
+        metrics=["moody", "rank"],
+        cascade={"rank": "moody > -1"},
+        max_failed=1.0,
+        scheduling=ALONE,
+    )
+    set_mood(plugin, "RuntimeError 0.5")
+    first = score(config).metrics
+    failed = first["moody"]["failed"]
+    assert 0 < failed < 8 and first["rank"]["skipped"] == failed
+    before = files(corpus.storage)
+
+    retrying = dataclasses.replace(config, retry=True)
+    assert score(retrying).metrics["moody"]["failed"] == failed
+    assert files(corpus.storage) == before
+
+    set_mood(plugin, "")
+    again = score(retrying).metrics
+    assert (again["moody"]["scored"], again["rank"]["scored"]) == (failed, failed)
+    assert {path: data for path, data in files(corpus.storage).items() if path in before} == before
+    facts = {name: {"fingerprint": found["fingerprint"]} for name, found in again.items()}
+    for unit in read_scores(corpus, facts):
+        for name in config.metrics:
+            assert set(unit.statuses[name].to_pylist()) == {"success"} and np.isfinite(unit.raw[name]).all()
+    verify(VerifyConfig(corpus=corpus.storage.url, workers=0))
+    assert gc(GcConfig(corpus=corpus.storage.url, grace_hours=0.0)).orphans == 0
+    steps = status(StatusConfig(corpus=corpus.storage.url)).steps
+    assert set(steps.values()) == {len(corpus.manifest().units)}
+    now = files(corpus.storage)
+    assert sum(found["scored"] for found in score(retrying).metrics.values()) == 0
+    assert files(corpus.storage) == now
 
 
 def test_a_score_that_is_not_finite_or_raises_fails_only_its_sample() -> None:
