@@ -215,7 +215,7 @@ def _run(config: AblationConfig, data: Data, name: str, variant: Variant, seed: 
     steps.run(encode, EncodeConfig, corpus=data.corpus, stage1=stage1)
     settings = {**training, "name": f"{name}-{seed}-{code}", "stage1": stage1, **_flags(variant.stage2)}
     stage2 = steps.run(train_stage2, Stage2Training, **settings).run
-    found = {"corpus": data.corpus, "view": data.view, "checkpoint": stage2}
+    found = {name: training[name] for name in ("corpus", "view", "tracking_uri")} | {"checkpoint": stage2}
     evaluated = steps.run(evaluate, EvaluateConfig, **found, **_flags(variant.evaluate))
     row = row_of(evaluated, config.outside)
     return replace(

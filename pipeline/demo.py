@@ -149,7 +149,13 @@ def demo(config: DemoConfig) -> DemoResult:
     steps.run(encode, EncodeConfig, corpus=corpus, stage1=stage1)
     stage2 = steps.run(train_stage2, Stage2Training, **training, stage1=stage1)
     evaluated = steps.run(
-        evaluate, EvaluateConfig, corpus=corpus, view=view, checkpoint=stage2.run, further=str([*SHOWN])
+        evaluate,
+        EvaluateConfig,
+        corpus=corpus,
+        view=view,
+        checkpoint=stage2.run,
+        further=str([*SHOWN]),
+        tracking_uri=tracking,
     )
     version = steps.run(
         register,

@@ -6,9 +6,11 @@ models that are evaluated with the same digest saw the same pictures.
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,19 +31,25 @@ from iqpir.training import checkpoint
 from pipeline.corpus import Corpus
 from pipeline.judging.continuous import restored_without_codes
 from pipeline.judging.judge import Judge, Measured
+from pipeline.judging.outside import held_out, outside_figures
 from pipeline.progress import progress
 from pipeline.scoring.calibration import read_calibration
 from pipeline.scoring.drift import require_current_metrics
 from pipeline.storage import Storage
+from pipeline.tracking.evaluations import log_evaluation
+from pipeline.tracking.runs import RunHandle, find_run, reachable, tracking_location
 from pipeline.training.checkpoints import fetch_checkpoint
 from pipeline.training.feed import Fit, Picture, fit_picture
 from pipeline.training.pairs import PairsConfig, find_pairs
+from pipeline.training.run_folder import mlflow_run_of, run_of
 from pipeline.training.shard_cache import ShardCache
 from pipeline.view import View, read_view
 
+log = logging.getLogger(__name__)
+
 DIAL = tuple(round(0.05 + 0.1 * step, 2) for step in range(10))
 """Requested qualities of the dial curve: 0.05, 0.15 ... 0.95."""
-EVALUATION = "evaluation.json"
+EVALUATION, MONTAGE = "evaluation.json", "montage.png"
 EXAMPLES = 8
 """Pictures shown in the montage and kept as files."""
 
@@ -60,6 +68,9 @@ class EvaluateConfig:
     """Folder or URL for evaluation.json and montage.png; the checkpoint's run by default."""
     metrics: list[str] = field(default_factory=list)
     """Metrics of the measured quality; those of the view's calibration by default."""
+    outside: list[str] = field(default_factory=list)
+    """Metrics that judge from outside the loss; by default those of ``metrics`` that the training did not have in its
+    prior, else rank_judge."""
     degradation: str = ""
     """Preset of the degradation; the one of the checkpoint's training by default."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
@@ -82,6 +93,10 @@ class EvaluateConfig:
     """Where the network and the metrics run."""
     pixels: PixelPolicy = field(default_factory=PixelPolicy)
     """How bytes become pixels."""
+    track: bool = True
+    """Log to MLflow, below the run of the training that the checkpoint's folder names."""
+    tracking_uri: str = ""
+    """MLflow server or database of that run; $MLFLOW_TRACKING_URI or the workspace's mlflow.db by default."""
 
     def __post_init__(self) -> None:
         if len(self.dial) < 3 or not all(0 <= value <= 1 for value in (*self.dial, *self.further, self.quality)):
@@ -106,6 +121,10 @@ class EvaluateResult:
     checkpoint: str
     lineage: dict[str, str]
     output: str
+    outside: dict[str, float]
+    """Mean calibrated score over ``outside_metrics`` of lq, hq and restored; Spearman and range of the dial by it."""
+    outside_metrics: list[str]
+    """None of them was in the loss."""
     curve: dict[str, list[float]] = field(default_factory=dict)
     """PSNR and SSIM at each setting of the dial."""
     further: list[dict[str, float]] = field(default_factory=list)
@@ -118,7 +137,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Restore held-back pictures at every dial setting and measure quality and fidelity.
 
     Raises:
-        UsageError: no view, no val split, no checkpoint, an unknown metric.
+        UsageError: no view, no val split, no checkpoint, an unknown metric, or none that was not in the loss; MLflow
+            has no such run.
         VerificationError: the checkpoint was trained with labels of another calibration.
     """
     corpus = Corpus(config.corpus)
@@ -126,8 +146,42 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     directory = fetch_checkpoint(config.checkpoint)
     found = checkpoint.load(directory)
     _require_same_calibration(found.metadata["lineage"], view)
+    run = _training_run(config) if config.track else None
+    output = Storage.open(config.output or f"{run_of(config.checkpoint)}/evaluation")
+    result = _evaluated(config, corpus, view, directory, output)
+    if run is not None:
+        key = f"{result.digest}@{found.metadata['weights_digest']}"
+        values, params = dataclasses.asdict(result), dataclasses.asdict(config)
+        log_evaluation(run, key, values, output.read(MONTAGE), params, int(found.metadata.get("step", 0)))
+    return result
+
+
+def _training_run(config: EvaluateConfig) -> RunHandle | None:
+    """The MLflow run of the training, which answers; None where the checkpoint's folder names none.
+
+    Raises:
+        UsageError: no such run, or no server.
+    """
+    run = mlflow_run_of(config.checkpoint)
+    if not run:
+        log.info("%s names no MLflow run: the evaluation will be in no server", run_of(config.checkpoint))
+        return None
+    uri = tracking_location(config.tracking_uri)
+    reachable(uri)
+    try:
+        return find_run(uri, "", run)
+    except UsageError as error:
+        raise UsageError(
+            f"{error.what} It is the training's.", "Name its server: --tracking-uri; or give --no-track."
+        ) from error
+
+
+def _evaluated(config: EvaluateConfig, corpus: Corpus, view: View, directory: Path, output: Storage) -> EvaluateResult:
+    """Restore, measure and write; or what is there already."""
+    found = checkpoint.load(directory)
     calibration = read_calibration(corpus, view.facts["calibration_name"])
     metrics = config.metrics or list(calibration.metrics)
+    judges = held_out(calibration, metrics, _prior(found), config.outside)
     rows = sorted(view.split("val").to_pylist(), key=_by_key)[: config.samples]
     degraded = _degraded(config, found, corpus, [row["key"] for row in rows])
     identity = {
@@ -139,6 +193,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         "size": found.network_config.image_size,
         "calibration": calibration.digest,
         "metrics": metrics,
+        "outside": judges.names,
         "dial": list(config.dial),
         "quality": config.quality,
     }
@@ -146,14 +201,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         identity["latents"] = config.latents
     if config.further:
         identity["further"] = list(config.further)
-    output = Storage.open(config.output or f"{_run_of(config.checkpoint)}/evaluation")
     weights = str(found.metadata["weights_digest"])
     earlier = _earlier(output, digest(identity, 32), weights)
     if earlier is not None:
         return earlier
     hq = _pictures(corpus, rows, found.network_config.image_size, config)
     lq = [degraded.picture(number, row["key"], hq[number]) for number, row in enumerate(rows)]
-    judge = Judge(calibration, metrics, config.device, hq)
+    judge = Judge(calibration, metrics, config.device, hq, judges.maps)
     require_current_metrics(corpus, calibration, judge.scorers)
     restorer = Restorer.load(directory, device=config.device)
     if config.latents == "continuous":
@@ -170,7 +224,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             restored[setting] = list(restorer.restore_batch(lq, quality=setting))
             measured[setting] = judge.measure(restored[setting])
             meter.advance(note=f"dial {setting}")
-    result = _result(config, bases, measured, digest(identity, 32), found, _above_threshold(rows, view), output.url)
+    good = _above_threshold(rows, view)
+    result = _result(config, bases, measured, digest(identity, 32), found, good, output.url, judges.names)
     _write(output, result, weights, rows, lq, hq, [restored[setting] for setting in _shown(settings)])
     return result
 
@@ -220,12 +275,6 @@ def _degradation(config: EvaluateConfig, found: checkpoint.Checkpoint) -> Degrad
     return scaled(degradation_preset(name), found.network_config.image_size)
 
 
-def _run_of(checkpoint_url: str) -> str:
-    """Folder of the run that a checkpoint location belongs to."""
-    run, separator, _ = checkpoint_url.rstrip("/").rpartition("/checkpoints/")
-    return run if separator else checkpoint_url.rstrip("/")
-
-
 def _pictures(corpus: Corpus, rows: list[dict[str, Any]], size: int, config: EvaluateConfig) -> list[Picture]:
     cache = ShardCache(corpus)
     return [
@@ -246,14 +295,16 @@ def _result(
     found: checkpoint.Checkpoint,
     good: list[bool],
     output: str,
+    outside: list[str],
 ) -> EvaluateResult:
     best = measured[config.quality]
     curve = [[setting, measured[setting].quality] for setting in config.dial]
     spearman = float(spearmanr(*zip(*curve, strict=True)).statistic)
-    prior = found.metadata["lineage"].get("prior", "").split()
+    prior = _prior(found)
+    sets = {**bases, "restored": best}
     return EvaluateResult(
         digest=identity,
-        quality={name: value.quality for name, value in (*bases.items(), ("restored", best))},
+        quality={name: value.quality for name, value in sets.items()},
         dial=curve,
         dial_spearman=0.0 if math.isnan(spearman) else spearman,
         dial_range=curve[-1][1] - curve[0][1],
@@ -272,6 +323,12 @@ def _result(
         checkpoint=config.checkpoint,
         lineage=dict(found.metadata["lineage"]),
         output=output,
+        outside=outside_figures(
+            outside,
+            {name: value.scores for name, value in sets.items()},
+            {setting: measured[setting].scores for setting in config.dial},
+        ),
+        outside_metrics=outside,
         curve={
             "psnr": [measured[setting].psnr for setting in config.dial],
             "ssim": [measured[setting].ssim for setting in config.dial],
@@ -279,6 +336,11 @@ def _result(
         further=[{"requested": setting, **measured[setting].means([True] * len(good))} for setting in config.further],
         high_quality={"samples": float(sum(good)), **best.means(good)} if any(good) else {},
     )
+
+
+def _prior(found: checkpoint.Checkpoint) -> list[str]:
+    """Metrics of the loss that the weights were trained with."""
+    return str(found.metadata["lineage"].get("prior", "")).split()
 
 
 def _above_threshold(rows: list[dict[str, Any]], view: View) -> list[bool]:
@@ -314,7 +376,7 @@ def _write(
     for row, picture in list(zip(rows, lq, strict=True))[:EXAMPLES]:
         output.publish(f"lq/{row['key']}.png", encode_png(picture))
     picture = montage([lq, *columns, hq], min(EXAMPLES, len(hq)))
-    output.publish("montage.png", encode_png(picture))
+    output.publish(MONTAGE, encode_png(picture))
     values = {**dataclasses.asdict(result), "weights_digest": weights}
     output.publish(EVALUATION, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 

@@ -89,7 +89,7 @@ def _pass_gate(
     if not candidate.tags.get(SELF_CHECK, "").startswith("passed"):
         reasons.append("its self-check has not passed")
     if figures is None:
-        reasons.append("it was registered without an evaluation")
+        reasons.append("it was registered without an evaluation by metrics outside its loss")
     elif champion is None:
         reasons += refusals(figures, None, config)
     else:

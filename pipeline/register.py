@@ -5,6 +5,7 @@ version has proven itself in a clean process.
 """
 
 import json
+import logging
 import subprocess
 import tempfile
 import time
@@ -35,9 +36,14 @@ from pipeline.tracking.runs import (
     wait_at_most,
 )
 from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.run_folder import mlflow_run_of
+
+log = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
 IDENTITY, SELF_CHECK, MODEL_DIGEST = "identity", "self_check", "model_digest"
+TRAINING_RUN = "training_run"
+"""Tag of a version: id of the MLflow run whose training made the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,8 @@ class RegisterConfig:
     experiment: str = "iqpir"
     """MLflow experiment of the training's run, or of a new one."""
     run: str = ""
-    """MLflow run (id or run_key) of the training; a new run by default."""
+    """MLflow run (id or run_key) of the training; by default the one that the checkpoint's folder names, where the
+    server has it, else a new one."""
     evaluation: str = ""
     """File or URL of this checkpoint's evaluation.json (jobs/evaluate.py); promotion needs it."""
 
@@ -151,6 +158,7 @@ def _create_version(
         "checkpoint_digest": package.checkpoint_digest,
         MODEL_DIGEST: package.model_digest,
         **{key: str(metadata[key]) for key in _FACTS if key in metadata},
+        **_training_run(config),
         **{f"lineage.{key}": str(value) for key, value in metadata.get("lineage", {}).items()},
         **git_commit(),
     }
@@ -172,10 +180,22 @@ def _create_version(
 _FACTS = ("stage", "step", "samples_seen", "weights_digest", "stage1_digest")
 
 
+def _training_run(config: RegisterConfig) -> dict[str, str]:
+    """The tag that says which MLflow run trained the checkpoint, wherever that run is."""
+    run = mlflow_run_of(config.checkpoint)
+    return {TRAINING_RUN: run} if run else {}
+
+
 def _run(config: RegisterConfig, uri: str, identity: str) -> RunHandle:
     """The training's run, or one of this registration's own, already finished."""
     if config.run:
         return find_run(uri, config.experiment, config.run)
+    trained = mlflow_run_of(config.checkpoint)
+    if trained:
+        try:
+            return find_run(uri, config.experiment, trained)
+        except UsageError as error:
+            log.warning("the version gets a run of its own, for the training's is not on this server: %s", error)
     run = open_run(uri, config.experiment, f"register@{identity}", f"register {config.name}", {}, {})
     end_run(run, "FINISHED")
     return run

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from iqpir.quality_prior import Scorer
 from pipeline.metrics import find_metrics
-from pipeline.scoring.calibration import Calibration
+from pipeline.scoring.calibration import Calibration, ScoreMap
 from pipeline.training.feed import Picture, pictures_to_tensor
 
 Values = NDArray[np.float64]
@@ -55,22 +55,43 @@ class Measured:
 
 
 class Judge:
-    """Measures pictures: calibrated quality by the ensemble, PSNR and SSIM against HQ."""
+    """Measures pictures: calibrated quality by the ensemble, PSNR and SSIM against HQ.
 
-    def __init__(self, calibration: Calibration, metrics: list[str], device: str, hq: list[Picture]) -> None:
-        self.calibration, self.hq = calibration, hq
-        self.scorers = {metric.name: metric.scorer(device, None) for metric in find_metrics(metrics)}
+    Args:
+        calibration: of the labels.
+        metrics: of the ensemble.
+        device: where they run.
+        hq: the originals.
+        further: metric -> map, of metrics that are measured and not part of the quality.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        metrics: list[str],
+        device: str,
+        hq: list[Picture],
+        further: Mapping[str, ScoreMap] | None = None,
+    ) -> None:
+        self.calibration, self.hq, self.further = calibration, hq, further or {}
+        self.scorers = _scorers(metrics, device)
+        self._others = _scorers(list(self.further), device)
 
     def measure(self, pictures: list[Picture]) -> Measured:
         """Figures of ``pictures``, uint8 RGB HWC, in the order of the HQ ones."""
         raw = {name: score_pictures(scorer, pictures) for name, scorer in self.scorers.items()}
+        others = {name: self.further[name](score_pictures(found, pictures)) for name, found in self._others.items()}
         pairs = list(zip(self.hq, pictures, strict=True))
         return Measured(
             self.calibration.quality(raw),
-            self.calibration.calibrate(raw),
+            {**self.calibration.calibrate(raw), **others},
             np.array([_psnr(hq, picture) for hq, picture in pairs]),
             np.array([structural_similarity(hq, picture, channel_axis=2) for hq, picture in pairs]),
         )
+
+
+def _scorers(names: list[str], device: str) -> dict[str, Scorer]:
+    return {metric.name: metric.scorer(device, None) for metric in find_metrics(names)} if names else {}
 
 
 def _psnr(hq: Picture, picture: Picture) -> float:

@@ -11,16 +11,16 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Least figures of a champion."""
+    """Least figures of a champion. How good pictures are is judged by metrics that were not in its loss."""
 
     min_gain: float = 0.0
-    """Restored pictures must exceed the degraded ones' quality by more than this."""
+    """Restored pictures must exceed the degraded ones by more than this, by the metrics outside the loss."""
     min_dial_spearman: float = 0.9
     """Least rank correlation of requested and measured quality."""
     min_dial_range: float = 0.02
     """Least rise of measured quality from the lowest to the highest request."""
     max_quality_loss: float = 0.0
-    """How much lower than the champion's the restored quality may be."""
+    """How much lower than the champion's the restored pictures may be, by the metrics outside the loss."""
     max_psnr_loss: float = 1.0
     """How much lower than the champion's the PSNR may be, in dB."""
 
@@ -30,22 +30,22 @@ class Figures:
     """One evaluation of one version."""
 
     digest: str
-    """Of the evaluation's pictures and protocol: only equal ones are compared."""
-    quality_lq: float
-    quality_restored: float
+    """Of the evaluation's pictures, protocol and judges: only equal ones are compared."""
+    outside_lq: float
+    outside_restored: float
     dial_spearman: float
     dial_range: float
     psnr_restored: float
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> "Figures | None":
-        """The figures in a version's tags; None if it was registered without an evaluation."""
-        if "eval.digest" not in tags:
+        """The figures in a version's tags; None if it was registered without an evaluation from outside its loss."""
+        if "eval.outside.restored" not in tags:
             return None
         return cls(
             digest=tags["eval.digest"],
-            quality_lq=float(tags["eval.quality.lq"]),
-            quality_restored=float(tags["eval.quality.restored"]),
+            outside_lq=float(tags["eval.outside.lq"]),
+            outside_restored=float(tags["eval.outside.restored"]),
             dial_spearman=float(tags["eval.dial_spearman"]),
             dial_range=float(tags["eval.dial_range"]),
             psnr_restored=float(tags["eval.psnr.restored"]),
@@ -55,9 +55,12 @@ class Figures:
 def refusals(candidate: Figures, champion: Figures | None, config: GateConfig) -> list[str]:
     """Why the candidate must not become champion; empty if it may. NaN never passes."""
     found = []
-    gain = candidate.quality_restored - candidate.quality_lq
+    gain = candidate.outside_restored - candidate.outside_lq
     if not gain > config.min_gain:
-        found.append(f"restored quality exceeds that of LQ by {gain:.4f}, not by more than {config.min_gain}")
+        found.append(
+            f"by metrics outside its loss restored quality exceeds that of LQ by {gain:.4f}, "
+            f"not by more than {config.min_gain}"
+        )
     if not candidate.dial_spearman >= config.min_dial_spearman:
         found.append(
             f"measured quality does not rise with the dial: Spearman {candidate.dial_spearman:.3f}, "
@@ -71,11 +74,15 @@ def refusals(candidate: Figures, champion: Figures | None, config: GateConfig) -
 def _against(candidate: Figures, champion: Figures, config: GateConfig) -> list[str]:
     """Reasons that come from the comparison."""
     if candidate.digest != champion.digest:
-        return [f"it was evaluated on {candidate.digest}, the champion on {champion.digest}"]
+        return [
+            f"it was evaluated on {candidate.digest}, the champion on {champion.digest}: other pictures, another "
+            "protocol, or other metrics outside the loss (--outside of jobs/evaluate.py)"
+        ]
     found = []
-    if not candidate.quality_restored >= champion.quality_restored - config.max_quality_loss:
+    if not candidate.outside_restored >= champion.outside_restored - config.max_quality_loss:
         found.append(
-            f"restored quality {candidate.quality_restored:.4f} is below the champion's {champion.quality_restored:.4f}"
+            f"by metrics outside its loss restored quality {candidate.outside_restored:.4f} is below the champion's "
+            f"{champion.outside_restored:.4f}"
         )
     if not candidate.psnr_restored >= champion.psnr_restored - config.max_psnr_loss:
         found.append(f"PSNR {candidate.psnr_restored:.2f} dB is below the champion's {champion.psnr_restored:.2f} dB")
@@ -101,6 +108,8 @@ def evaluation_tags(location: str, metadata: Mapping[str, Any]) -> dict[str, str
             "eval.dial_spearman": repr(float(record["dial_spearman"])),
             "eval.dial_range": repr(float(record["dial_range"])),
             **{f"eval.quality.{key}": repr(float(value)) for key, value in record["quality"].items()},
+            "eval.outside.metrics": " ".join(record["outside_metrics"]),
+            **{f"eval.outside.{key}": repr(float(value)) for key, value in record["outside"].items()},
             **{f"eval.psnr.{key}": repr(float(value)) for key, value in record["psnr"].items()},
         }
     except FileNotFoundError as error:

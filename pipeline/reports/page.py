@@ -241,6 +241,8 @@ def _evaluation(evaluation: Evaluation) -> str:
 def _before_after(facts: Mapping[str, Any]) -> str:
     """Quality, each metric, PSNR and SSIM of LQ, restored and HQ."""
     rows = [_figures("quality", facts["quality"], 3)]
+    if "outside" in facts:
+        rows.append(_figures("outside the loss", facts["outside"], 3))
     for name, values in facts["metrics"].items():
         rows.append(_figures(f"{name} *" if values.get("in_loss") else name, values, 3))
     rows += [_figures("PSNR, dB", facts["psnr"], 2), _figures("SSIM", facts["ssim"], 3)]

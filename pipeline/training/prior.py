@@ -5,6 +5,7 @@ import torch
 from iqpir.errors import UsageError
 from iqpir.quality_prior import PiecewiseLinear, QualityPrior
 from pipeline.corpus import Corpus
+from pipeline.judging.outside import held_out
 from pipeline.metrics import find_metrics
 from pipeline.scoring.calibration import read_calibration
 from pipeline.view import View, read_view
@@ -14,8 +15,11 @@ def check_prior(corpus: Corpus, view: View, names: list[str]) -> None:
     """Prove in the driver that the prior can be built.
 
     Raises:
-        UsageError: an unknown metric, one without gradient, or one the labels were not made with.
+        UsageError: an unknown metric, one without gradient, one the labels were not made with, or no metric left
+            that could judge from outside the loss.
     """
+    calibration = read_calibration(corpus, view.facts["calibration_name"])
+    held_out(calibration, list(calibration.metrics), names, [])
     build_prior(corpus, view.reference, names, torch.device("cpu"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from pipeline.demo import shortfalls, show
 from pipeline.evaluate import EvaluateResult
@@ -69,6 +70,9 @@ def test_the_demo_ends_with_its_documented_line_and_resumes(tmp_path: Path) -> N
     assert {name: "dial " + str(name) in told for name in (0.1, 0.5, 0.95)} == {0.1: True, 0.5: True, 0.95: True}
     # Eight steps teach nothing: what is asked of a whole demo is told as missed, in the table and in the last line.
     assert first["missed"] and all(f"not what the demo is to show: {reason}" in told for reason in first["missed"])
+    trained = json.loads((tmp_path / "demo/runs/tiny32-stage2/result.json").read_text())["mlflow_run"]
+    version = MlflowClient(first["tracking_uri"]).get_model_version("iqpir", "1")
+    assert (version.run_id, version.tags["training_run"]) == (trained, trained)
     assert "held-back pictures" in told and "mlflow ui --backend-store-uri" in told
     assert not (tmp_path / "home" / ".ray").exists(), "a token there would change the user's next ray start"
     assert not (tmp_path / "home" / ".iqpir").exists()
@@ -99,6 +103,8 @@ def evaluated(**changes: Any) -> EvaluateResult:
         "checkpoint": "run",
         "lineage": {},
         "output": "run/evaluation",
+        "outside": {},
+        "outside_metrics": [],
         "further": [{"requested": 0.1, "quality": 0.123, "psnr": 24.56, "ssim": 0.789}],
     }
     return EvaluateResult(**{**figures, **changes})

@@ -183,6 +183,7 @@ def test_stages_2_and_3_train_on_pairs_and_are_evaluated_on_them(chain: Chain, t
         output=str(tmp_path / "evaluation"),
         dial=(0.05, 0.5, 0.95),
         samples=3,
+        track=False,
     )
     with pytest.raises(UsageError, match=r"names no degradation.*--pairs\.lq"):
         evaluate(evaluation)

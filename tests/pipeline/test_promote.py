@@ -19,7 +19,9 @@ GOOD = {
     "self_check": "passed 0",
     "eval.digest": "e1",
     "eval.quality.lq": "0.30",
-    "eval.quality.restored": "0.60",
+    "eval.quality.restored": "0.90",
+    "eval.outside.lq": "0.30",
+    "eval.outside.restored": "0.60",
     "eval.dial_spearman": "0.98",
     "eval.dial_range": "0.2",
     "eval.psnr.restored": "22.0",
@@ -73,7 +75,7 @@ def test_the_first_champion_passes_the_absolute_gates(registry: Registry) -> Non
 def test_a_better_candidate_replaces_the_champion_which_stays_as_previous(registry: Registry) -> None:
     first = registry.candidate()
     promote(registry.config)
-    second = registry.candidate(eval__quality__restored="0.65")
+    second = registry.candidate(eval__outside__restored="0.65")
     assert promote(registry.config).previous == first
     assert (registry.alias(CHAMPION), registry.alias(PREVIOUS)) == (second, first)
     assert registry.tags(second)["gate.against"] == first
@@ -101,15 +103,16 @@ def test_a_move_that_was_cut_off_between_the_aliases_is_finished(registry: Regis
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"eval__quality__restored": "0.30"}, "exceeds that of LQ"),
-        ({"eval__quality__restored": "nan"}, "exceeds that of LQ"),
+        ({"eval__outside__restored": "0.30"}, "exceeds that of LQ"),
+        ({"eval__outside__restored": "nan"}, "exceeds that of LQ"),
+        ({"eval__outside__restored": "0.29", "eval__quality__restored": "0.99"}, "outside its loss"),
+        ({"eval__outside__restored": ""}, "without an evaluation by metrics outside its loss"),
         ({"eval__dial_spearman": "0.5"}, "does not rise with the dial"),
         ({"eval__dial_spearman": "nan"}, "does not rise with the dial"),
         ({"eval__dial_range": "0.001"}, "the dial spans"),
         ({"eval__digest": "e2"}, "evaluated on e2, the champion on e1"),
-        ({"eval__quality__restored": "0.59"}, "below the champion"),
+        ({"eval__outside__restored": "0.59"}, "below the champion"),
         ({"eval__psnr__restored": "20.5"}, "PSNR 20.50 dB is below"),
-        ({"eval__digest": ""}, "without an evaluation"),
         ({"self_check": "failed: reason"}, "self-check has not passed"),
         ({"self_check": ""}, "self-check has not passed"),
     ],
@@ -129,7 +132,7 @@ def test_a_worse_candidate_is_refused_and_nothing_moves(
 
 
 def test_a_champion_without_figures_cannot_be_compared_with(registry: Registry) -> None:
-    old = registry.candidate(eval__digest="")
+    old = registry.candidate(eval__outside__restored="")
     registry.client.set_registered_model_alias(registry.name, CHAMPION, old)
     registry.candidate()
     with pytest.raises(VerificationError, match="has no evaluation to compare with"):

@@ -27,6 +27,8 @@ EVALUATION = {
     "psnr": {"lq": 20.0, "restored": 22.5},
     "ssim": {"lq": 0.5, "restored": 0.6},
     "metrics": {},
+    "outside": {"lq": 0.3, "hq": 0.7, "restored": 0.5, "dial_spearman": 0.9, "dial_range": 0.1},
+    "outside_metrics": ["niqe", "piqe"],
 }
 
 
@@ -77,6 +79,8 @@ def test_a_checkpoint_becomes_the_candidate_with_its_lineage(registered: Registe
         "package": result.package,
         "eval.digest": "e1",
         "eval.quality.restored": "0.6",
+        "eval.outside.restored": "0.5",
+        "eval.outside.metrics": "niqe piqe",
         "eval.psnr.restored": "22.5",
         "self_check": f"passed {result.max_difference}",
     }

@@ -218,6 +218,13 @@ def test_the_papers_minmax_steers_what_scores_beyond_the_corpus(chain: Chain) ->
     assert bool((quality < 0).all()) and bool(gradient.flatten(1).any(dim=1).all())
 
 
+def test_a_loss_that_leaves_no_judge_is_refused(chain: Chain) -> None:
+    settings = chain.data.stage2("no-judge", chain.stage1.run, prior=["rank", "rank_judge"])
+    with pytest.raises(UsageError, match="rank_judge was in the loss"):
+        train_stage2(settings)
+    assert not Path(settings.run_url).exists()
+
+
 def test_stage1_needs_a_checkpoint_and_a_view(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished checkpoint"):
         train_stage2(chain.data.stage2("lost", str(tmp_path / "nothing")))
@@ -225,6 +232,9 @@ def test_stage1_needs_a_checkpoint_and_a_view(chain: Chain, tmp_path: Path) -> N
         train_stage1(chain.data.stage1("lost", view="missing"))
     with pytest.raises(UsageError, match="A sample is 32x32, the network wants 64x64"):
         train_stage1(chain.data.stage1("too-large", preset="tiny64"))
+
+
+BELOW = "tags.mlflow.parentRunId = '{}'"
 
 
 def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path: Path) -> None:
@@ -236,6 +246,7 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
         dial=(0.05, 0.5, 0.95),
         further=(0.5, 0.7),
         samples=4,
+        tracking_uri=chain.data.tracking_uri,
     )
     first = evaluate(settings)
     # One of them is on the curve, too: it is measured once and the same.
@@ -245,18 +256,52 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
     written = json.loads(file.read_text())
     assert written.keys() == {
         *("digest", "quality", "dial", "dial_spearman", "dial_range", "psnr", "ssim", "metrics"),
-        *("curve", "further", "high_quality", "samples", "checkpoint", "lineage", "output", "weights_digest"),
+        *(
+            "outside",
+            "outside_metrics",
+            "curve",
+            "further",
+            "high_quality",
+            "samples",
+            "checkpoint",
+            "lineage",
+            "output",
+            "weights_digest",
+        ),
     }
     assert written["quality"].keys() == {"lq", "hq", "restored"}
     assert written["psnr"].keys() == written["ssim"].keys() == {"lq", "restored"}
     assert [setting for setting, _ in written["dial"]] == [0.05, 0.5, 0.95]
-    assert written["metrics"]["rank"]["in_loss"] is True
+    # The labels know rank alone, and it was in the loss: another network judges.
+    assert written["metrics"]["rank"]["in_loss"] is True and written["metrics"]["rank_judge"]["in_loss"] is False
+    assert written["outside_metrics"] == ["rank_judge"]
+    assert written["outside"]["restored"] == written["metrics"]["rank_judge"]["restored"]
+    with pytest.raises(UsageError, match="rank was in the loss"):
+        evaluate(dataclasses.replace(settings, outside=["rank"]))
     assert written["weights_digest"] == metadata(stage2)["weights_digest"]
     assert len(list((tmp_path / "evaluation" / "lq").iterdir())) == first.samples == 4
     before = {path: path.stat().st_mtime_ns for path in file.parent.rglob("*")}
     assert evaluate(settings) == first
     assert {path: path.stat().st_mtime_ns for path in file.parent.rglob("*")} == before
+    client, training_run = MlflowClient(chain.data.tracking_uri), stage2.mlflow_run
+
+    def logged() -> list[Run]:
+        return list(client.search_runs([client.get_run(training_run).info.experiment_id], BELOW.format(training_run)))
+
+    (run,) = logged()
+    figures = run.data.metrics
+    assert figures["evaluation/quality/restored"] == first.quality["restored"]
+    assert figures["evaluation/outside/restored"] == first.outside["restored"]
+    assert run.info.status == "FINISHED" and run.data.params["samples"] == "4"
+    curve = client.get_metric_history(run.info.run_id, "dial/quality")
+    assert sorted([point.step / 100, point.value] for point in curve) == first.dial
+    assert {"evaluation.json", "montage.png"} == {each.path for each in client.list_artifacts(run.info.run_id)}
+    (point,) = client.get_metric_history(training_run, "evaluation/quality/restored")
+    assert (point.step, point.value) == (4, first.quality["restored"])
     other = evaluate(dataclasses.replace(settings, seed=1))
+    assert len(logged()) == 2
+    with pytest.raises(UsageError, match=rf"no run {training_run}.*--tracking-uri"):
+        evaluate(dataclasses.replace(settings, tracking_uri=f"sqlite:///{tmp_path}/another.db"))
     assert other.digest != first.digest and other.psnr != first.psnr
 
 

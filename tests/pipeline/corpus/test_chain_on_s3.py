@@ -52,7 +52,12 @@ def test_the_chain_runs_in_a_bucket(chain: Chain, s3: Any, tmp_path: Path) -> No
     encode(EncodeConfig(corpus=data.corpus, stage1=again.run, scheduling=HERE))
     second = train_stage2(data.stage2("s3-stage2", again.run, steps=1, checkpoint_every=1, feed=feed))
     settings = EvaluateConfig(
-        corpus=data.corpus, view=data.view, checkpoint=second.run, samples=2, dial=(0.1, 0.5, 0.9)
+        corpus=data.corpus,
+        view=data.view,
+        checkpoint=second.run,
+        samples=2,
+        dial=(0.1, 0.5, 0.9),
+        tracking_uri=chain.data.tracking_uri,
     )
     result = evaluate(settings)
     assert result.output == f"{runs.url}/s3-stage2/evaluation"
