@@ -116,11 +116,11 @@ class Restorer:
             picture: encoded bytes (PNG bytes come back), a PIL picture, uint8 [H, W, 3] in RGB, or a float
                 tensor [3, H, W] or [B, 3, H, W] in [0, 1].
             quality: wanted quality in [0, 1]; one value for each conditioning score, or one for all.
-            fidelity: 0 trusts the learned quality, 1 the input; in [0, 1].
+            fidelity: 0 trusts the learned quality, 1 the input; in [0, 1]. Above 0 it needs ``takes_fidelity``.
 
         Raises:
             PictureError: the bytes are no picture.
-            UsageError: the picture is of another kind, or a dial is out of range.
+            UsageError: the picture is of another kind, a dial is out of range, or the model has not learnt it.
         """
         return self.restore_batch([picture], quality, fidelity)[0]
 
@@ -129,7 +129,7 @@ class Restorer:
     ) -> list[PictureT]:
         """Restore several pictures, of any sizes and kinds; their tiles share batches. See ``restore``."""
         wanted = self._wanted(quality)
-        _check_dial("fidelity", fidelity)
+        self._check_fidelity(fidelity)
         opened = [self._open(picture) for picture in pictures]
         frames = [frame for group in opened for frame in group]
         restored = self._restore_frames(frames, wanted, float(fidelity))
@@ -137,6 +137,23 @@ class Restorer:
         for picture, group in zip(pictures, opened, strict=True):
             answers.append(_like(picture, [next(restored) for _ in group]))
         return answers
+
+    @property
+    def takes_fidelity(self) -> bool:
+        """Whether a fidelity above 0 means something: stage 3 has trained the modules that it weighs.
+
+        Weights that do not say their stage (official ones, a network in memory) are taken as trained.
+        """
+        return bool(self.network.config.connect_sizes) and self.metadata.get("stage", "stage3") == "stage3"
+
+    def _check_fidelity(self, fidelity: float) -> None:
+        _check_dial("fidelity", fidelity)
+        if fidelity > 0 and not self.takes_fidelity:
+            raise UsageError(
+                f"fidelity {fidelity} needs what stage 3 trains; this model is of {self.metadata.get('stage')}, with "
+                f"connect_sizes {list(self.network.config.connect_sizes)}.",
+                "Use fidelity 0, or train stage 3 (jobs/stage3.py) and use its checkpoint.",
+            )
 
     def _wanted(self, quality: float | Sequence[float]) -> Tensor:
         """The dial as a row for one sample: [] for one value, [n] for one value per score."""

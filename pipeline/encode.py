@@ -26,7 +26,7 @@ from pipeline.corpus import Corpus
 from pipeline.documents import publish_table
 from pipeline.layout import codes_path, from_parquet, sha256_hex
 from pipeline.storage import Storage
-from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.checkpoints import fetch_checkpoint, load_stage1
 from pipeline.training.feed import Fit, Picture, fit_picture, pictures_to_tensor
 
 STEP = "encode"
@@ -79,12 +79,12 @@ def encode(config: EncodeConfig) -> EncodeResult:
     """Turn every sample of a corpus into the code numbers of a stage-1 checkpoint.
 
     Raises:
-        UsageError: no corpus, no checkpoint.
+        UsageError: no corpus, no checkpoint of stage 1.
         IncompleteError: units are left; the same command goes on.
     """
     corpus = Corpus(config.corpus)
     manifest = corpus.manifest()
-    found = checkpoint.load(fetch_checkpoint(config.stage1))
+    found = load_stage1(config.stage1)
     stage1 = str(found.metadata["stage1_digest"])
     fingerprint = codes_fingerprint(stage1, config.fit, config.pixels)
     work = _Encoder(config, stage1)

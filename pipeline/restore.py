@@ -259,7 +259,10 @@ def _registered(config: RestoreConfig) -> Restore:
 
     def run(data: bytes) -> tuple[bytes | None, str | None]:
         frame = pd.DataFrame({"image": [data]})
-        row = model.predict(frame, params={"quality": config.quality, "fidelity": config.fidelity}).iloc[0]
+        try:
+            row = model.predict(frame, params={"quality": config.quality, "fidelity": config.fidelity}).iloc[0]
+        except MlflowException as error:
+            raise UsageError(f"{config.model} refuses: {error.message}", "See --quality and --fidelity.") from error
         restored = row["image"]
         return (bytes(restored), None) if isinstance(restored, bytes) else (None, str(row["error"]))
 

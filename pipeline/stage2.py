@@ -13,13 +13,16 @@ from iqpir.training.distributed import Distributed
 from pipeline.corpus import Corpus
 from pipeline.encode import codes_digest, codes_fingerprint
 from pipeline.storage import Storage
-from pipeline.training.checkpoints import fetch_checkpoint
+from pipeline.training.checkpoints import fetch_checkpoint, load_stage1
 from pipeline.training.config import Parts, Prepared, Training, TrainResult, degraded_by, lineage_of, network_config
 from pipeline.training.driver import run_training
 from pipeline.training.pairs import PairsConfig
-from pipeline.training.prior import build_prior, check_prior
+from pipeline.training.prior import PriorConfig, build_prior, check_prior
 from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
+
+SMALLEST_JUDGED = 32
+"""Pixels: what the rank networks and the metrics of pyiqa take at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,19 @@ class Stage2Training(Training):
     """Degraded pictures that exist, in place of ``degradation``."""
     prior: list[str] = field(default_factory=lambda: ["rank"])
     """Differentiable metrics of the quality loss, calibrated as the view's labels are."""
+    prior_max_side: int = 0
+    """Largest side in pixels that the metrics of the quality loss see, which bounds their cost; 0: all of them."""
+    prior_bound: Literal["crop", "resize"] = "crop"
+    """How ``prior_max_side`` is kept: a part of the picture, at another place in each step, or all of it smaller."""
     stage_name: ClassVar[str] = "stage2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_max_side and self.prior_max_side < SMALLEST_JUDGED:
+            raise UsageError(
+                f"prior_max_side {self.prior_max_side} is below {SMALLEST_JUDGED} pixels, which metrics need.",
+                "Give more, or 0 for no bound.",
+            )
 
 
 def train_stage2(training: Stage2Training) -> TrainResult:
@@ -48,9 +63,7 @@ def train_stage2(training: Stage2Training) -> TrainResult:
 
 def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
     """In the driver: stage 1 and its codes belong to this view's calibration; the prior has gradients."""
-    found = checkpoint.load(fetch_checkpoint(training.stage1))
-    if found.stage not in ("stage1", "stage2"):
-        raise UsageError(f"{training.stage1} is a checkpoint of {found.stage}, not of stage 1.")
+    found = load_stage1(training.stage1)
     lineage = lineage_of(corpus, view)
     require_same_calibration(found, lineage, view)
     lineage["stage1"] = str(found.metadata["stage1_digest"])
@@ -59,7 +72,7 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
         facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)
         lineage["codes"] = codes_digest(corpus, facts["codes"], lineage["stage1"])
     if training.stage.quality_weight > 0:
-        check_prior(corpus, view, training.prior)
+        check_prior(corpus, view, prior_of(training))
         lineage["prior"] = " ".join(training.prior)
     lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     degradation_for(training.degradation, found.network_config.image_size)
@@ -86,6 +99,11 @@ def degradation_for(name: str, image_size: int) -> DegradationConfig:
     return scaled(degradation_preset(name), image_size)
 
 
+def prior_of(training: Stage2Training) -> PriorConfig:
+    """The quality loss's metrics and their bound."""
+    return PriorConfig(training.prior, training.prior_max_side or None, training.prior_bound)
+
+
 def worker(plan: Mapping[str, Any]) -> None:
     """What each worker runs."""
     run_worker(plan, Stage2Training, assemble)
@@ -94,14 +112,14 @@ def worker(plan: Mapping[str, Any]) -> None:
 def assemble(training: Stage2Training, prepared: Prepared, distributed: Distributed) -> Parts:
     """In a worker: stage, state with stage 1's weights, and feed."""
     network = build(prepared.network).to(distributed.device)
-    load_stage1(network, prepared)
+    take_stage1(network, prepared)
     teacher = None
     if training.codes == "online":
         teacher = build(prepared.network).to(distributed.device)
-        load_stage1(teacher, prepared)
+        take_stage1(teacher, prepared)
     prior = None
     if training.stage.quality_weight > 0:
-        prior = build_prior(Corpus(training.corpus), training.view, training.prior, distributed.device)
+        prior = build_prior(Corpus(training.corpus), training.view, prior_of(training), distributed.device)
     stage = Stage2(
         training.stage,
         quality_prior=prior,
@@ -114,7 +132,7 @@ def assemble(training: Stage2Training, prepared: Prepared, distributed: Distribu
     return Parts(stage, state, training_feed(training, prepared, distributed, degradation, pairs=training.pairs))
 
 
-def load_stage1(network: RestorationNetwork, prepared: Prepared) -> None:
+def take_stage1(network: RestorationNetwork, prepared: Prepared) -> None:
     """Give ``network`` the autoencoder of stage 1.
 
     Raises:

@@ -149,6 +149,15 @@ PRESETS: dict[str, DegradationConfig] = {
         noise=(2.0, 15.0),
         jpeg=(35, 85),
     ),
+    # Ours, for small pictures of 128 pixels or so, between the tiny ones and natural.
+    "small": DegradationConfig(
+        image_size=128,
+        kernel_size=21,
+        blur_sigma=(0.4, 4.0),
+        downsample=(1.0, 5.0),
+        noise=(1.0, 15.0),
+        jpeg=(35, 90),
+    ),
     # The published colourisation: the ranges of faces, and colours that change or go.
     "colourisation": DegradationConfig(colour_shift_probability=0.3, gray_probability=0.01, jitter_probability=0.3),
     # Ours, for the paper's other tasks: the scene is the degradation, the camera is a good one.

@@ -17,6 +17,7 @@ from iqpir.networks.fidelity import adaptive_instance_norm, keep_tones
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import straight_through
+from iqpir.quality_prior import QualityPrior
 from iqpir.stages.batch import Batch
 from iqpir.stages.code_targets import (
     CodeLossConfig,
@@ -34,8 +35,8 @@ from iqpir.training.precision import FP32, PrecisionConfig, prepare
 from iqpir.training.state import TrainState
 
 TRAINED = ("encoder", "position_emb", "feat_emb", "score_embed", "ft_layers", "idx_pred_layer")
-_DIAL, _JITTER = 2, 3
-"""Purpose numbers of random draws: wishes, and how judged pictures are moved."""
+_DIAL, _JITTER, _CROP = 2, 3, 4
+"""Purpose numbers of random draws: wishes, how judged pictures are moved, and which part of them is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +265,9 @@ class Stage2:
         seen = to_unit_range(restored)
         if config.quality_jitter:
             seen = jittered(seen, config.quality_jitter, self._moves(state, batch)[chosen.cpu()])
-        measured: Tensor = prior(seen)
+        # One place for all pictures of a step: the same at any number of ranks.
+        crops = isinstance(prior, QualityPrior) and prior.max_side is not None
+        measured: Tensor = prior(seen, state.generator(_CROP)) if crops else prior(seen)
         asked = consensus(quality) if config.quality_target == "match" else None
         losses = {"quality_loss": config.quality_weight * quality_loss(measured, asked)}
         if config.quality_anchor > 0:

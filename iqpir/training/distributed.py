@@ -106,8 +106,9 @@ class Distributed:
         """
         if self.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        # Codebook and batch statistics are synchronised by their owners; copying rank 0's
-        # buffers at each forward would hide drift. torch 2.13 renamed the switch.
+        # Codebooks are synchronised by their owner; copying rank 0's buffers at each forward would hide drift.
+        # Running statistics of a discriminator with batch norm stay each rank's own: no training reads them.
+        # torch 2.13 renamed the switch.
         names = inspect.signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {switch: False}

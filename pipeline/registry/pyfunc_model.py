@@ -54,18 +54,23 @@ class RestorationModel(PythonModel):
         Args:
             context: not used; everything is loaded.
             model_input: the pictures; also a dict of lists, a list of rows, or a list of pictures.
-            params: ``quality`` wanted, in [0,1] (0.95); ``fidelity`` in [0,1] (0: best quality).
+            params: ``quality`` wanted, in [0,1] (0.95); ``fidelity`` in [0,1] (0: best quality; more needs a model
+                of stage 3).
 
         Returns:
             per row, in order: ``image`` (PNG bytes or None) and ``error`` (None, or why there is no picture).
             A row that fails never gives its input back, and never fails another row.
 
         Raises:
-            MlflowException: there is no column ``image``, or a param is out of range.
+            MlflowException: there is no column ``image``, a param is out of range, or fidelity was not learnt.
         """
         params = params or {}
         quality = _unit("quality", params.get("quality", QUALITY))
         fidelity = _unit("fidelity", params.get("fidelity", FIDELITY))
+        if fidelity > 0 and not self._restorer.takes_fidelity:
+            raise MlflowException.invalid_parameter_value(
+                f"fidelity {fidelity} needs a model of stage 3; this one takes 0 only."
+            )
         rows = [self._restore(data, quality, fidelity) for data in _pictures(model_input)]
         return pd.DataFrame(
             {

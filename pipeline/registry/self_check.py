@@ -56,9 +56,8 @@ def check_version(model_uri: str, tracking_uri: str, package: str, checkpoint: P
         VerificationError: it does not load, runs other code, answers otherwise, or accepts a broken row.
     """
     restorer = Restorer.load(checkpoint, device="cpu")
-    config = restorer.network.config
-    cases = [Case("high", 0.95, 0.0), Case("low", 0.25, 0.5 if config.connect_sizes else 0.0)]
-    pictures = golden_pictures(config.image_size)
+    cases = [Case("high", 0.95, 0.0), Case("low", 0.25, 0.5 if restorer.takes_fidelity else 0.0)]
+    pictures = golden_pictures(restorer.image_size)
     with tempfile.TemporaryDirectory(prefix="iqpir-self-check-") as name:
         folder = Path(name)
         _write_requests(folder, pictures, cases)

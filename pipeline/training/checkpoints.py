@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from iqpir.errors import UsageError, VerificationError
-from iqpir.training.checkpoint import MANIFEST, verify
+from iqpir.training.checkpoint import MANIFEST, Checkpoint, load, verify
 from iqpir.training.folder_sink import FolderSink
 from iqpir.training.loop import CheckpointSink
 from pipeline.storage import Storage
@@ -114,6 +114,24 @@ def fetch_checkpoint(url: str, into: Path | None = None) -> Path:
             _copy(storage, entry.path, directory)
     verify(directory)
     return directory
+
+
+def load_stage1(url: str) -> Checkpoint:
+    """A checkpoint of stage 1, or the newest one of its run.
+
+    Raises:
+        UsageError: there is no checkpoint, or it is of another stage: those have another encoder, for degraded
+            pictures, whose codes are not what the good pictures are made of.
+        VerificationError: files differ from the manifest.
+    """
+    found = load(fetch_checkpoint(url))
+    if found.stage != "stage1":
+        started = found.metadata.get("lineage", {}).get("stage1", "")
+        raise UsageError(
+            f"{url} is a checkpoint of {found.stage}, not of stage 1.",
+            f"Name the stage 1 that it started from{f' ({started[:12]})' if started else ''}.",
+        )
+    return found
 
 
 def _copy(storage: Storage, path: str, into: Path) -> None:

@@ -18,12 +18,17 @@ OWN: dict[str, Perceptual] = {"ms_ssim": ms_ssim_loss, "ssim": partial(ms_ssim_l
 """Terms without weights or pyiqa, for any size (pyiqa's ms_ssim needs pictures of 176 pixels or more)."""
 
 
+def pyiqa_name(term: str) -> str:
+    """What pyiqa calls a term: its plain ``lpips`` has AlexNet's features, the published loss has VGG's."""
+    return "lpips-vgg" if term == "lpips" else term
+
+
 def perceptual_term(name: str, weight: float, device: torch.device | None = None) -> Perceptual | None:
     """The term called ``name``, or None for ``none``.
 
     Args:
-        name: ``ms_ssim`` or ``ssim`` (ours, any size), ``lpips`` or another full-reference metric of pyiqa that gives
-            gradients, or ``none``.
+        name: ``ms_ssim`` or ``ssim`` (ours, any size), ``lpips`` (VGG's features, as published) or another
+            full-reference metric of pyiqa that gives gradients, or ``none``.
         weight: its weight in the stage's configuration.
         device: where it runs.
 
@@ -45,7 +50,7 @@ def perceptual_term(name: str, weight: float, device: torch.device | None = None
             f"Unknown perceptual term {name!r}.", "Choose lpips, ms_ssim, ssim, another of pyiqa, or none."
         )
     try:
-        metric = pyiqa.create_metric(name, device=device or torch.device("cpu"), as_loss=True)
+        metric = pyiqa.create_metric(pyiqa_name(name), device=device or torch.device("cpu"), as_loss=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"The weights of the perceptual term {name} are not at hand: {str(error).splitlines()[0]}",

@@ -1,5 +1,8 @@
 """The quality prior of a view: its calibrated differentiable metrics, as one frozen module."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from iqpir.errors import UsageError
@@ -11,7 +14,16 @@ from pipeline.scoring.calibration import read_calibration
 from pipeline.view import View, read_view
 
 
-def check_prior(corpus: Corpus, view: View, names: list[str]) -> None:
+@dataclass(frozen=True)
+class PriorConfig:
+    """Which metrics, and how much of a picture they see: see ``QualityPrior``."""
+
+    metrics: list[str]
+    max_side: int | None = None
+    bound: Literal["crop", "resize"] = "crop"
+
+
+def check_prior(corpus: Corpus, view: View, config: PriorConfig) -> None:
     """Prove in the driver that the prior can be built.
 
     Raises:
@@ -19,12 +31,12 @@ def check_prior(corpus: Corpus, view: View, names: list[str]) -> None:
             that could judge from outside the loss.
     """
     calibration = read_calibration(corpus, view.facts["calibration_name"])
-    held_out(calibration, list(calibration.metrics), names, [])
-    build_prior(corpus, view.reference, names, torch.device("cpu"))
+    held_out(calibration, list(calibration.metrics), config.metrics, [])
+    build_prior(corpus, view.reference, config, torch.device("cpu"))
 
 
-def build_prior(corpus: Corpus, reference: str, names: list[str], device: torch.device) -> QualityPrior:
-    """Mean of the calibrated metrics ``names``, with the maps that made the view's labels.
+def build_prior(corpus: Corpus, reference: str, config: PriorConfig, device: torch.device) -> QualityPrior:
+    """Mean of the calibrated metrics of ``config``, with the maps that made the view's labels.
 
     Raises:
         UsageError: as for ``check_prior``.
@@ -32,7 +44,7 @@ def build_prior(corpus: Corpus, reference: str, names: list[str], device: torch.
     view = read_view(corpus, reference)
     calibration = read_calibration(corpus, view.facts["calibration_name"])
     maps = {}
-    for name in names:
+    for name in config.metrics:
         if name not in calibration.metrics:
             raise UsageError(
                 f"The labels of view {view.reference} have no metric {name!r}.",
@@ -41,5 +53,5 @@ def build_prior(corpus: Corpus, reference: str, names: list[str], device: torch.
         found = calibration.metrics[name]
         # The paper's minmax reaches 0 and 1; clamped there, it would not lead back what is worse than the corpus.
         maps[name] = PiecewiseLinear(found.knots, found.values, open_ends=True)
-    scorers = {metric.name: metric.scorer(device) for metric in find_metrics(names)}
-    return QualityPrior(scorers, maps).to(device)
+    scorers = {metric.name: metric.scorer(device) for metric in find_metrics(config.metrics)}
+    return QualityPrior(scorers, maps, max_side=config.max_side, bound=config.bound).to(device)

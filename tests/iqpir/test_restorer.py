@@ -139,6 +139,30 @@ def test_the_fidelity_dial_changes_the_output(network: RestorationNetwork) -> No
     assert not np.array_equal(restorer.restore(picture), restorer.restore(picture, fidelity=1.0))
 
 
+@pytest.mark.parametrize(
+    ("metadata", "sizes", "taken"),
+    [
+        ({"stage": "stage1"}, (16,), False),
+        ({"stage": "stage2"}, (16,), False),
+        ({"stage": "stage3"}, (16,), True),
+        ({}, (16,), True),
+        ({}, (), False),
+    ],
+)
+def test_fidelity_needs_modules_that_stage_3_trained(
+    metadata: dict[str, Any], sizes: tuple[int, ...], taken: bool
+) -> None:
+    network = build(dataclasses.replace(preset("tiny32"), connect_sizes=sizes))
+    restorer = Restorer(network, metadata=metadata)
+    assert restorer.takes_fidelity is taken
+    assert restorer.restore(scene(32, 32), fidelity=0.0).shape == (32, 32, 3)
+    if taken:
+        restorer.restore(scene(32, 32), fidelity=0.5)
+    else:
+        with pytest.raises(UsageError, match=r"fidelity 0\.5 needs what stage 3 trains"):
+            restorer.restore(scene(32, 32), fidelity=0.5)
+
+
 def test_several_conditioning_scores_take_one_quality_or_one_each() -> None:
     config = dataclasses.replace(preset("tiny32"), quality_bins=(10, 20))
     restorer, picture = Restorer(trained_looking(config)), scene(32, 32)

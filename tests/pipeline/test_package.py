@@ -28,7 +28,7 @@ from tests.pipeline.tiny_checkpoint import write_checkpoint
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("package") / "checkpoint")
+    return write_checkpoint(tmp_path_factory.mktemp("package") / "checkpoint", stage="stage3")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,15 @@ def test_lists_and_dicts_are_taken_too(model: PyFuncModel) -> None:
 def test_params_out_of_range_are_an_error_for_the_caller(model: PyFuncModel, params: dict[str, float]) -> None:
     with pytest.raises(MlflowException, match=next(iter(params))):
         model.predict(pd.DataFrame({"image": [encode_png(draw_picture(5, 32))]}), params=params)
+
+
+def test_fidelity_that_was_not_learnt_is_an_error_for_the_caller(tmp_path: Path) -> None:
+    save(build_package(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "built"), tmp_path / "model")
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    pictures = pd.DataFrame({"image": [encode_png(draw_picture(5, 32))]})
+    with pytest.raises(MlflowException, match=r"fidelity 0\.5 needs a model of stage 3"):
+        model.predict(pictures, params={"fidelity": 0.5})
+    assert model.predict(pictures, params={"fidelity": 0.0})["error"].isna().all()
 
 
 def test_the_signature_is_pictures_in_pictures_and_errors_out(model: PyFuncModel) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from iqpir.errors import UsageError
-from pipeline.training.perceptual import perceptual_term
+from pipeline.torchvision_ops import ensure_torchvision_operators
+from pipeline.training.perceptual import perceptual_term, pyiqa_name
 
 
 @pytest.mark.slow
@@ -20,6 +21,14 @@ def test_a_metric_gets_pictures_in_the_unit_range_and_scales_them_itself() -> No
     expected = metric(((restored + 1) / 2).clamp(0, 1), ((wanted + 1) / 2).clamp(0, 1)).mean()
     torch.testing.assert_close(term(restored, wanted), expected)
     assert term(wanted, wanted) < 1e-6 < expected
+
+
+def test_lpips_has_the_features_of_vgg_as_published() -> None:
+    ensure_torchvision_operators()
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    assert DEFAULT_CONFIGS[pyiqa_name("lpips")]["metric_opts"]["net"] == "vgg"
+    assert pyiqa_name("gmsd") == "gmsd"
 
 
 @pytest.mark.parametrize(("name", "weight"), [("no-such-metric", 1.0), ("none", 1.0)])

@@ -20,6 +20,7 @@ from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import decode
 from iqpir.training.checkpoint import MANIFEST
 from pipeline.corpus import Corpus
+from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
 from pipeline.stage1 import train_stage1
@@ -27,7 +28,7 @@ from pipeline.stage2 import train_stage2
 from pipeline.stage3 import Stage3Training
 from pipeline.stage3 import prepare as prepare_stage3
 from pipeline.training.config import Training, TrainResult
-from pipeline.training.prior import build_prior
+from pipeline.training.prior import PriorConfig, build_prior
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
 
@@ -200,6 +201,17 @@ def test_codes_of_another_stage1_are_refused(chain: Chain) -> None:
     assert train_stage2(dataclasses.replace(settings, codes="online", steps=1)).status == "done"
 
 
+def test_a_stage2_is_no_stage1(chain: Chain, stage2: TrainResult) -> None:
+    """Its encoder is for degraded pictures: its codes of good ones are not what they are made of."""
+    message = rf"is a checkpoint of stage2, not of stage 1\. Name .*{metadata(chain.stage1)['stage1_digest'][:12]}"
+    settings = chain.data.stage2("on-stage2", stage2.run, codes="online")
+    with pytest.raises(UsageError, match=message):
+        train_stage2(settings)
+    assert not Path(settings.run_url).exists()
+    with pytest.raises(UsageError, match=message):
+        encode(EncodeConfig(corpus=chain.data.corpus, stage1=stage2.run))
+
+
 def test_a_checkpoint_of_another_calibration_is_refused(chain: Chain, stage2: TrainResult) -> None:
     data = label_and_curate(chain.data.corpus, chain.data.runs, chain.data.tracking_uri, "minmax", calibration="minmax")
     settings = data.stage2("wrong-calibration", chain.stage1.run)
@@ -213,7 +225,7 @@ def test_a_checkpoint_of_another_calibration_is_refused(chain: Chain, stage2: Tr
 def test_the_papers_minmax_steers_what_scores_beyond_the_corpus(chain: Chain) -> None:
     data = label_and_curate(chain.data.corpus, chain.data.runs, chain.data.tracking_uri, "minmax", calibration="minmax")
     noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    quality = build_prior(Corpus(data.corpus), data.view, ["rank"], torch.device("cpu"))(noise)
+    quality = build_prior(Corpus(data.corpus), data.view, PriorConfig(["rank"]), torch.device("cpu"))(noise)
     (gradient,) = torch.autograd.grad(quality.sum(), noise)
     assert bool((quality < 0).all()) and bool(gradient.flatten(1).any(dim=1).all())
 

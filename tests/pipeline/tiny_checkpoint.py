@@ -9,11 +9,11 @@ from iqpir.restorer import save_model
 from iqpir.training.checkpoint import write_manifest
 
 
-def write_checkpoint(directory: Path, seed: int = 2603) -> Path:
+def write_checkpoint(directory: Path, seed: int = 2603, stage: str = "stage2") -> Path:
     """A tiny32 model directory with a manifest, as training leaves it."""
     torch.manual_seed(seed)
     metadata = {
-        "stage": "stage2",
+        "stage": stage,
         "step": 7,
         "samples_seen": 70,
         "weights_digest": f"weights-{seed}",
@@ -21,5 +21,5 @@ def write_checkpoint(directory: Path, seed: int = 2603) -> Path:
         "lineage": {"view": "hq@v0001", "calibration": "c0ffee"},
     }
     save_model(build("tiny32"), directory, metadata)
-    write_manifest(directory, {"step": 7, "samples_seen": 70, "stage": "stage2"})
+    write_manifest(directory, {"step": 7, "samples_seen": 70, "stage": stage})
     return directory

@@ -60,6 +60,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     ("name", "size", "count"),
     [
         *[("tiny32", 32, 48), ("tiny64", 64, 24), ("faces", 64, 24), ("fidelity", 128, 8), ("faces", 512, 3)],
+        ("small", 128, 8),
         *[("low_light", 64, 24), ("underwater", 64, 24), ("backlit", 64, 24)],
         *[("low_light", 512, 2), ("underwater", 512, 2), ("backlit", 512, 2)],
     ],

@@ -106,11 +106,16 @@ DIGESTS = {
     "natural": "5040dc92f78d",
     "tiny32": "ccf58e1ac060",
     "tiny64": "4077787222f5",
+    "small": "4038ad15d175",
+    "colourisation": "b96dcae6b142",
+    "low_light": "a8d2d184ffb8",
+    "underwater": "f14e4d8ee41d",
+    "backlit": "e0053c8e56a3",
 }
 
 
 def test_digests_of_presets_are_what_they_were_in_every_version() -> None:
-    assert {name: PRESETS[name].digest() for name in DIGESTS} == DIGESTS
+    assert {name: config.digest() for name, config in PRESETS.items()} == DIGESTS
 
 
 @pytest.mark.parametrize("name", ["low_light", "underwater", "backlit"])

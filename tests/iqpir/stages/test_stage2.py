@@ -13,6 +13,7 @@ from iqpir.errors import UsageError
 from iqpir.losses import anchor_loss, to_unit_range
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
+from iqpir.quality_prior import PiecewiseLinear, QualityPrior
 from iqpir.stages.code_targets import CodeLossConfig, code_losses
 from iqpir.stages.stage2 import Stage2, Stage2Config, discrete_latent
 from iqpir.training.state import TrainState
@@ -217,6 +218,32 @@ def test_jitter_changes_what_is_judged_and_not_what_is_anchored(tiny: ModuleType
         found.append(stage.step(state, tiny.batch(index())))
     assert found[0]["quality_loss"] != found[1]["quality_loss"]
     assert found[0]["anchor_loss"] == found[1]["anchor_loss"]
+
+
+def test_a_bounded_prior_judges_another_part_in_each_step_and_the_same_in_a_repeated_one(tiny: ModuleType) -> None:
+    def judged(max_side: int | None, steps: tuple[int, ...]) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def mean(pictures: Tensor) -> Tensor:
+            seen.append(pictures.detach())
+            return pictures.mean((1, 2, 3))
+
+        maps = {"mean": PiecewiseLinear([0.0, 1.0], [0.1, 0.9])}
+        prior = QualityPrior({"mean": mean}, maps, max_side=max_side, probe_size=8)
+        del seen[:]
+        for number in steps:
+            stage = Stage2(Stage2Config(optimiser=tiny.RATE), quality_prior=prior, teacher=tiny.network())
+            state = stage.initial_state(tiny.network(), seed=3)
+            state.step = number
+            stage.step(state, tiny.batch(index()))
+        return seen
+
+    (whole,) = judged(None, (1,))
+    first, again, later = judged(8, (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    parts = whole.unfold(2, 8, 1).unfold(3, 8, 1)  # [B,3,9,9,8,8]
+    places = (parts == first[:, :, None, None]).all(dim=(0, 1, 4, 5)).nonzero().tolist()
+    assert len(places) == 1 and places != [[4, 4]], "one place for all pictures, and not always the centre"
 
 
 def test_the_quality_maps_learn_faster_by_the_dials_rate(tiny: ModuleType) -> None:
