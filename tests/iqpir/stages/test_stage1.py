@@ -9,6 +9,7 @@ from torch import nn
 
 from iqpir.errors import UsageError
 from iqpir.losses import adversarial_weight, generator_loss, pixel_loss
+from iqpir.networks.vector_quantizer import QuantiserConfig
 from iqpir.stages.adversary import AdversaryConfig, PictureObjective, balanced_backward
 from iqpir.stages.stage1 import Stage1
 from iqpir.training.distributed import SINGLE
@@ -171,6 +172,33 @@ def test_a_gradient_reaches_every_parameter_of_the_autoencoder(tiny: ModuleType,
     stage.step(state, replace(tiny.batch(numbers(1, 2)), quality=torch.tensor([0.9, 0.8])))
     trained = set(network.autoencoder_state())
     assert {name for name, largest in seen.items() if largest > 0} == trained
+
+
+def test_the_rotation_changes_what_reaches_the_encoder_and_nothing_else_of_a_step(tiny: ModuleType) -> None:
+    def stepped(estimator: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        quantiser = QuantiserConfig(estimator=estimator)  # type: ignore[arg-type]
+        config = tiny.stage1_config(
+            codebook_training="loss", warmup_steps=0, perceptual_weight=0.0, adversary=OFF, quantiser=quantiser
+        )
+        stage, network = Stage1(config), tiny.network()
+        state = stage.initial_state(network, seed=1)
+        gradients: dict[str, torch.Tensor] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, name=name: gradients.update({name: p.grad.clone()})
+                )
+        values = stage.step(state, tiny.batch(numbers(1, 2, 3, 4)))
+        return {name: float(value) for name, value in values.items()}, gradients
+
+    (copied, plain), (turned, rotated) = stepped("straight_through"), stepped("rotation")
+    assert turned == pytest.approx(copied, rel=1e-4) and plain.keys() == rotated.keys()
+    for name, gradient in plain.items():
+        assert bool(rotated[name].isfinite().all()), name
+        if not name.startswith("encoder."):
+            torch.testing.assert_close(rotated[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    first = "encoder.blocks.0.weight"
+    assert (rotated[first] - plain[first]).norm() > 0.05 * plain[first].norm()
 
 
 @pytest.mark.parametrize("changes", [{"fusion": "attention"}, {"residual_hq": True}, {"codebooks": "single"}])

@@ -331,7 +331,10 @@ def test_dialled_samples_get_a_wish_and_their_codes_count_less(tiny: ModuleType)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"conditioning": "adaln"}, {"conditioning": "none"}, {"codebooks": "single"}, {"quality_bins": [4, 4]}],
+    [
+        *({"conditioning": "adaln"}, {"conditioning": "none"}, {"codebooks": "single"}, {"quality_bins": [4, 4]}),
+        *({"fusion": "attention"}, {"residual_hq": True}, {"hq_gate": "paper"}),
+    ],
 )
 def test_variants_train(tiny: ModuleType, changes: dict[str, object]) -> None:
     stage, state = started(tiny, Stage2Config(quality_grad="logits"), **changes)

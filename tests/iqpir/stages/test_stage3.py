@@ -1,7 +1,9 @@
 """Stage 3: its phases, and that picture losses train the fidelity modules alone."""
 
+from collections.abc import Mapping
 from types import ModuleType
 
+import pytest
 import torch
 
 from iqpir.stages.code_targets import CodeLossConfig
@@ -9,7 +11,9 @@ from iqpir.stages.stage3 import Stage3, Stage3Config, last_fidelity_weight
 from iqpir.training.state import TrainState
 
 
-def started(tiny: ModuleType, **changes: object) -> tuple[Stage3, TrainState]:
+def started(
+    tiny: ModuleType, network: Mapping[str, object] | None = None, **changes: object
+) -> tuple[Stage3, TrainState]:
     values: dict[str, object] = {
         "optimiser": tiny.RATE,
         "adversary": tiny.stage1_config().adversary,
@@ -21,9 +25,9 @@ def started(tiny: ModuleType, **changes: object) -> tuple[Stage3, TrainState]:
     stage = Stage3(
         Stage3Config(**{**values, **changes}),  # type: ignore[arg-type]
         perceptual=tiny.smooth_l2,
-        teacher=tiny.network(),
+        teacher=tiny.network(**(network or {})),
     )
-    return stage, stage.initial_state(tiny.network(), seed=1)
+    return stage, stage.initial_state(tiny.network(**(network or {})), seed=1)
 
 
 def test_published_phases() -> None:
@@ -94,3 +98,22 @@ def test_the_quality_and_both_codebooks_are_learnt_in_each_phase(tiny: ModuleTyp
         values = stage.step(state, batch)
         assert values["common_code_loss"] > 0 and values["hq_code_loss"] > 0
         assert not torch.equal(state.network.score_embed.weight, before)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        *({"fusion": "attention"}, {"residual_hq": True}, {"hq_gate": "paper"}),
+        *({"conditioning": "adaln"}, {"codebooks": "single"}, {"quality_bins": [4, 4]}),
+    ],
+)
+def test_variants_train_with_and_without_fidelity(tiny: ModuleType, network: dict[str, object]) -> None:
+    stage, state = started(tiny, network)
+    frozen = {k: v.clone() for k, v in state.network.autoencoder_state().items() if not k.startswith("encoder")}
+    fused = last_fidelity_weight(state.network).clone()
+    for state.step in (2, 3):
+        values = stage.step(state, tiny.batch(torch.arange(1, 5)))
+        assert all(value.isfinite() and not value.requires_grad for value in values.values())
+        assert ("pixel_loss" in values) == (state.step == 2)
+    assert not torch.equal(last_fidelity_weight(state.network), fused)
+    assert all(torch.equal(state.network.state_dict()[key], value) for key, value in frozen.items())
