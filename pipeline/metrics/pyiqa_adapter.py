@@ -100,7 +100,7 @@ def build(name: str, device: str | torch.device, weights_uri: str | None = None)
 
     Raises:
         UsageError: pyiqa, a package it needs or a weight file is missing (naming it and its place), or a
-            file of the mirror is not what its sum says.
+            file of the mirror or of a cache is not what the mirror's sum says.
     """
     if util.find_spec("pyiqa") is None:
         raise UsageError(f"Metric {name!r} needs pyiqa.", "Install the extra: pip install iqpir[iqa].")
@@ -108,8 +108,10 @@ def build(name: str, device: str | torch.device, weights_uri: str | None = None)
     if name == "niqe":
         return PyiqaScorer(Niqe(load_pristine_model(NIQE_MODEL)).to(device), torch.device(device))
     weights = Weights(name, Storage.open(weights_uri) if weights_uri else None)
+    download_util, hub = _pyiqa("pyiqa.utils.download_util"), Path(torch.hub.get_dir())
+    caches = (Path(download_util.DEFAULT_CACHE_DIR), hub / "checkpoints", hub / "clip", Path.home() / ".cache" / "clip")
     # What pyiqa prints here is that it downloads, which it does not.
-    with without_network(weights, _pyiqa("pyiqa.utils.download_util")), redirect_stdout(io.StringIO()):
+    with weights.checking(caches), without_network(weights, download_util), redirect_stdout(io.StringIO()):
         try:
             metric = pyiqa.create_metric(name, device=torch.device(device))
         except ImportError as error:

@@ -5,12 +5,13 @@ cache where the library looks, so each machine fetches it once. Files of a Huggi
 mirror under ``<owner>/<repository>/<file>``, all others by their name alone.
 """
 
+import functools
 import hashlib
 import importlib
 import io
 import os
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import util
@@ -69,7 +70,7 @@ class Weights:
         """
         assert self.mirror is not None, "asked only where there is a mirror"
         try:
-            lines = self.mirror.read(SUMS).decode().splitlines()
+            sums = self.sums()
             data = self.mirror.read(name)
         except FileNotFoundError as error:
             raise UsageError(
@@ -77,14 +78,56 @@ class Weights:
                 "not there.",
                 f"Put {name} (from {url}) there and add the output of sha256sum to {SUMS}.",
             ) from error
-        sums = {
-            parts[1].lstrip("*").removeprefix("./"): parts[0]
-            for parts in (line.split() for line in lines)
-            if len(parts) == 2
-        }
         if sums.get(name) != hashlib.sha256(data).hexdigest():
             raise UsageError(f"{self.mirror.uri(name)} is not what {SUMS} says.", "Copy it again, or correct the sum.")
         return data
+
+    def sums(self) -> dict[str, str]:
+        """Name -> sha256 of every file that the mirror lists.
+
+        Raises:
+            FileNotFoundError: it has no list.
+        """
+        assert self.mirror is not None, "asked only where there is a mirror"
+        pairs = (line.split() for line in self.mirror.read(SUMS).decode().splitlines())
+        return {parts[1].lstrip("*").removeprefix("./"): parts[0] for parts in pairs if len(parts) == 2}
+
+    @contextmanager
+    def checking(self, caches: Iterable[Path]) -> Iterator[None]:
+        """Check what is cached under the names of the mirror before a metric is built of it inside.
+
+        A file of an earlier download, or of another mirror, would else be used as it is.
+
+        Args:
+            caches: folders in which libraries look for files by their names alone.
+
+        Raises:
+            UsageError: a file is not what the mirror's sum says, or a metric was built and the mirror has no sums.
+        """
+        if self.mirror is None:
+            yield
+            return
+        try:
+            sums = self.sums()
+        except FileNotFoundError as error:
+            yield
+            raise UsageError(
+                f"{self.mirror.url} has no {SUMS} to check cached weights of metric {self.metric!r} against.",
+                f"Put the output of sha256sum there as {SUMS}, or give no weights_uri.",
+            ) from error
+        for file in (cache / name for cache in caches for name in sums if "/" not in name):
+            if file.is_file():
+                self.check(file, sums[file.name])
+        yield
+
+    def check(self, file: Path, expected: str) -> None:
+        """Raise ``UsageError`` unless a cached file has the sha256 that the mirror gives it."""
+        facts = file.stat()
+        if _file_digest(file, facts.st_mtime_ns, facts.st_size) != expected:
+            raise UsageError(
+                f"The cached weight file {file} is not what {SUMS} of weights_uri says.",
+                "Remove it: it is then copied from there. Or correct the sum.",
+            )
 
     def open_url(self, request: Any, *_: Any, **__: Any) -> "_Response":
         """What CLIP's loader gets in place of ``urllib.request.urlopen``; it checks and keeps the file itself.
@@ -106,17 +149,20 @@ class Weights:
         """``hf_hub_download`` that looks into the mirror for what the cache lacks."""
 
         def download(repo_id: str, filename: str, *arguments: Any, **named: Any) -> str:
+            name = f"{repo_id}/{filename}"
             try:
-                return original(repo_id, filename, *arguments, **named)
+                cached = Path(original(repo_id, filename, *arguments, **named))
             except OSError:
-                name = f"{repo_id}/{filename}"
                 if self.mirror is None or not self.mirror.exists(name):
                     self.missing.append(name)
                     raise
-            target = Path(torch.hub.get_dir()) / "iqpir-mirror" / name
-            if not target.exists():
-                self.place(name, target, f"https://huggingface.co/{repo_id}")
-            return str(target)
+                cached = Path(torch.hub.get_dir()) / "iqpir-mirror" / name
+                if not cached.exists():
+                    self.place(name, cached, f"https://huggingface.co/{repo_id}")
+            sums = self.sums() if self.mirror is not None and self.mirror.exists(SUMS) else {}
+            if name in sums:
+                self.check(cached, sums[name])
+            return str(cached)
 
         return download
 
@@ -131,6 +177,13 @@ class Weights:
             f"Fill the cache below HF_HOME (hf download {repository}), or put {self.missing[0]} and its line of "
             f"{SUMS} in a folder or bucket given as weights_uri.",
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(file: Path, changed: int, size: int) -> str:
+    """sha256 of a file; taken once a process while its time of change and its size stay."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class _Response(io.BytesIO):

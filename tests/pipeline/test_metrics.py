@@ -27,6 +27,8 @@ from pipeline.metrics.small_pictures import Enlarged, enlarge
 from pipeline.metrics.weights import Weights, without_network
 from pipeline.storage import Storage
 from pipeline.torchvision_ops import ensure_torchvision_operators
+from tests.pipeline.corpus.conftest import s3 as s3
+from tests.pipeline.corpus.conftest import s3_server as s3_server
 from tests.pipeline.drawn_corpus import drawn_picture
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
@@ -140,26 +142,46 @@ def test_each_metric_of_pyiqa_is_built_or_names_the_weights_it_lacks(
     assert [text for text in found.values() if not named.search(text)] == []
 
 
+@pytest.fixture(params=["folder", "s3"])
+def mirror(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty place for weights."""
+    if request.param == "folder":
+        return Storage.open(str(tmp_path / "mirror"))
+    request.getfixturevalue("s3")
+    return Storage.open(f"s3://pictures/{tmp_path.name}/mirror")
+
+
 @pytest.mark.slow
-def test_a_mirror_gives_checked_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, mirror = tmp_path / "cache", tmp_path / "mirror"
+def test_a_mirror_gives_checked_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: Storage) -> None:
+    cache, name = tmp_path / "cache", "niqe_matlab_params.mat"
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(cache))
-    mirror.mkdir()
+
+    def build() -> Scorer:
+        return find_metrics(["niqe_matlab"])[0].scorer("cpu", mirror.url)
+
     data = NIQE_MODEL.read_bytes()
-    (mirror / "niqe_matlab_params.mat").write_bytes(data)
+    mirror.publish(name, data)
     with pytest.raises(UsageError, match="SHA256SUMS"):
-        find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
-    (mirror / "SHA256SUMS").write_text(f"{'0' * 64}  niqe_matlab_params.mat\n")
+        build()
+    mirror.publish("SHA256SUMS", f"{'0' * 64}  {name}\n".encode())
     with pytest.raises(UsageError, match="is not what SHA256SUMS says"):
-        find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
+        build()
     assert not list(cache.glob("*.mat"))
-    digest = hashlib.sha256(data).hexdigest()
-    (mirror / "SHA256SUMS").write_text(f"{digest}  niqe_matlab_params.mat\n")
-    scorer = find_metrics(["niqe_matlab"])[0].scorer("cpu", str(mirror))
-    assert (cache / "niqe_matlab_params.mat").read_bytes() == data
+    mirror.publish("SHA256SUMS", f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode())
+    scorer = build()
+    assert (cache / name).read_bytes() == data
     pictures = _tensor([drawn_picture(0, 224)])
     with torch.inference_mode():
         torch.testing.assert_close(scorer(pictures), find_metrics(["niqe"])[0].scorer("cpu")(pictures))
+
+    build()
+    (cache / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UsageError, match=rf"cached weight file .*{name} is not what SHA256SUMS"):
+        build()
+    (cache / name).write_bytes(data)
+    mirror.remove("SHA256SUMS")
+    with pytest.raises(UsageError, match=r"has no SHA256SUMS .*niqe_matlab"):
+        build()
 
 
 @pytest.mark.slow
@@ -187,6 +209,9 @@ def test_a_mirror_serves_hugging_face_and_clip_too_and_what_is_nowhere_is_named(
         with pytest.raises(OSError, match="Hub"):
             hub.hf_hub_download("timm/tiny.in1k", "absent.bin")
     assert found.read_bytes() == b"weights" and tmp_path / "hub" in found.parents
+    found.write_bytes(b"others!")
+    with without_network(weights, download_util), pytest.raises(UsageError, match="cached weight file"):
+        hub.hf_hub_download("timm/tiny.in1k", "model.safetensors")
     assert weights.missing == ["timm/tiny.in1k/absent.bin"]
     with pytest.raises(UsageError, match=r"model\.safetensors of the Hugging Face repository timm/resnet50"):
         find_metrics(["topiq_nr-face"])[0].scorer("cpu")
