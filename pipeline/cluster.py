@@ -2,15 +2,20 @@
 
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from iqpir.errors import UsageError
+from iqpir.errors import IncompleteError, UsageError
+from pipeline.stopping import StoppedError
 
 T = TypeVar("T")
 
@@ -30,15 +35,55 @@ def ensure_ray(num_cpus: int | None = None) -> None:
 
     Raises:
         UsageError: ``RAY_ADDRESS`` does not answer.
+        IncompleteError: none can be started here.
+        StoppedError: SIGTERM came meanwhile.
     """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or None
     options: dict[str, Any] = {"ignore_reinit_error": True, "log_to_driver": False}
-    if address is None:
-        _own_token()
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
-        return
+    with _own_signals():
+        if address is None:
+            _start_here(num_cpus=num_cpus, include_dashboard=False, **options)
+        else:
+            _connect(address, **options)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """``ray.init`` takes SIGTERM for itself, to exit at once: put back what this process does about it.
+
+    Raises:
+        StoppedError: the signal came in between.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise StoppedError("Stopped while Ray started.", "The same command starts again.") from stopped
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _start_here(**options: Any) -> None:
+    _own_token()
+    with ExitStack() as stack:
+        stack.push(_told)
+        ray.init(address="local", **options)
+
+
+def _told(kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> bool:
+    """What a user is told when Ray does not start. Of a node that is slow to start Ray raises ``Exception`` itself."""
+    if kind is Exception or isinstance(error, (OSError, ValueError, RuntimeError)):
+        raise IncompleteError(
+            f"Ray does not start on this machine: {error}.",
+            "Look for a full disk, too little memory or too many processes; the same command starts again.",
+        ) from error
+    return False
+
+
+def _connect(address: str, **options: Any) -> None:
     try:
         _knock(address)
         ray.init(address=address, **options)

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from iqpir.errors import IncompleteError, IqpirError, UsageError
+from iqpir.errors import IncompleteError, IqpirError, PermanentError, UsageError
 
 JOBS = (
     *("demo", "preflight", "shard", "score", "label", "dedup", "curate", "report", "degrade", "encode", "export"),
@@ -36,10 +38,15 @@ class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class Result(Protocol):
-    """What a verb returns: a dataclass of JSON values."""
+    """What a verb returns: a dataclass of JSON values.
+
+    It may have an ``exit_code``, and ``speaks``: False where another process prints the result.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+
+_MOST_TOLD = 600
 
 C = TypeVar("C")
 R = TypeVar("R", bound=Result)
@@ -57,30 +64,65 @@ def command(action: Callable[[C], R], config_type: type[C], argv: Sequence[str] 
 
     Exit codes: 0 done, 1 or 2 usage, 3 incomplete, 4 verification failed, 5 failed for good.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, wherever a job does nothing better about it
     arguments, script = sys.argv[1:] if argv is None else argv, Path(sys.argv[0]).stem
     sys.exit(run(action, config_type, arguments, script, sys.modules["__main__"].__doc__ or ""))
 
 
 def run(action: Callable[[C], R], config_type: type[C], argv: Sequence[str], job: str, description: str = "") -> int:
     """As ``command``, returning the exit code; ``description`` opens the help text."""
-    _log_to_stderr()
+    log_to_stderr()
+    with _Mistake(job):
+        return _run(action, config_type, argv, job, description)
+    return PermanentError.exit_code
+
+
+def _run(action: Callable[[C], R], config_type: type[C], argv: Sequence[str], job: str, description: str) -> int:
     try:
         config = parse(config_type, argv, job, description)
         result = action(config)
-    except IqpirError as error:
-        sys.stderr.write(f"{job}: {error}\n")
-        return error.exit_code
-    except OSError as error:
+    except _expected() as error:
         told = _told(error)
+        if told is None:
+            raise
         sys.stderr.write(f"{job}: {told}\n")
         return told.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(f"{job}: interrupted; the same command goes on where it stopped.\n")
         return 3
-    values = dataclasses.asdict(result)
-    sys.stdout.write(json.dumps(values, sort_keys=True, default=str) + "\n")
-    sys.stdout.flush()
+    if getattr(result, "speaks", True):
+        values = dataclasses.asdict(result)
+        sys.stdout.write(json.dumps(values, sort_keys=True, default=str) + "\n")
+        sys.stdout.flush()
     return int(getattr(result, "exit_code", 0))
+
+
+class _Mistake:
+    """Shows what nothing made sense of, a mistake of the program, with its traceback."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        traceback.print_exception(error)
+        sys.stderr.write(
+            f"{self.job}: {type(error).__name__} is a mistake of the program; report it with these lines.\n"
+        )
+        return True
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    return (IqpirError, OSError, *_of_servers())
+
+
+def _of_servers() -> tuple[type[Exception], ...]:
+    """What clients of MLflow and Ray raise; of those that are loaded, as no other one can raise."""
+    known = (("mlflow.exceptions", "MlflowException"), ("ray.exceptions", "RayError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
 
 
 def parse(config_type: type[C], argv: Sequence[str], job: str, description: str = "") -> C:
@@ -238,12 +280,27 @@ def _usage(error: BaseException, known: dict[str, bool], job: str) -> UsageError
     return UsageError(f"{text.rstrip('.')}.", f"See {job} --help.")
 
 
-def _told(error: OSError) -> IqpirError:
-    """What a user is told about a failure of disk or network that no step could make sense of."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def _told(error: Exception) -> IqpirError | None:
+    """What a user is told about a failure of disk, network or servers that no step could make sense of.
+
+    None: it is a mistake of the program, brought here from a task of Ray.
+    """
+    brought = getattr(error, "cause", None)
+    error = brought if isinstance(brought, Exception) else error
+    if isinstance(error, IqpirError):
+        return error
+    text = " ".join(str(error).split())[:_MOST_TOLD].rstrip(".") or type(error).__name__
     if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError)):
         return UsageError(f"{text}.", "Check the path and its permissions.")
-    return IncompleteError(f"{text}.", "Put that right; the same command goes on where it stopped.")
+    if isinstance(error, OSError):
+        return IncompleteError(f"{text}.", "Put that right; the same command goes on where it stopped.")
+    if not isinstance(error, _of_servers()):
+        return None
+    status = getattr(error, "get_http_status_code", int)()
+    if 400 <= status < 500 and status not in (408, 429):
+        return UsageError(f"MLflow refuses: {text}.", "Look at the names and rights that it speaks of.")
+    server = type(error).__module__.partition(".")[0].replace("mlflow", "MLflow").replace("ray", "Ray")
+    return IncompleteError(f"{server} failed: {text}.", "When it is well, the same command goes on where it stopped.")
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -251,7 +308,7 @@ def _nearest(key: str, known: list[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Warnings of libraries and the project's own messages, to stderr, in one format."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -7,19 +7,17 @@ import itertools
 import logging
 import os
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from iqpir.errors import IncompleteError, IqpirError, PermanentError, UsageError
 from pipeline.commits.records import Finished, commit, finished
 from pipeline.progress import progress
+from pipeline.stopping import stopping
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -220,7 +218,7 @@ def schedule(
     """
     config = scheduling or SchedulingConfig()
     patient = _Patient(work, config.attempts)
-    with progress(total, description) as meter, _stopping() as stop:
+    with progress(total, description) as meter, stopping("running units may end, no new ones are started") as stop:
         if not uses_ray(config.workers):
             for task in tasks:
                 yield task, patient(task)
@@ -286,25 +284,3 @@ class _Patient(Generic[T, R]):
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-
-
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second SIGINT interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        log.warning("stopping: running units may end, no new ones are started")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """What the training of every stage has in common: its configuration, what a stage adds, how it ended."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -128,6 +129,11 @@ class TrainResult:
     def exit_code(self) -> int:
         """3 when it was stopped before its end; the same command goes on."""
         return 0 if self.status in ("done", "done earlier") else 3
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints the result: torchrun starts many, of which the first does."""
+        return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

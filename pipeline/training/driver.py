@@ -18,6 +18,7 @@ from iqpir.training.checkpoint import MANIFEST
 from pipeline.command import workspace
 from pipeline.corpus import Corpus
 from pipeline.layout import to_json
+from pipeline.stopping import StoppedError
 from pipeline.storage import Storage
 from pipeline.tracking.runs import (
     RunHandle,
@@ -29,6 +30,7 @@ from pipeline.tracking.runs import (
 )
 from pipeline.training.config import RESULT, Prepare, Prepared, Training, TrainResult
 from pipeline.training.launch import launch
+from pipeline.training.signs import Signs
 from pipeline.training.step_meter import watching
 from pipeline.view import View, read_view
 
@@ -59,6 +61,7 @@ def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[st
     if finished is not None:
         return _result(training, storage, finished, "done earlier", prepared, started)
     handle = _track(training, prepared, view, identity)
+    signs = Signs(storage)
     plan = {
         "training": dataclasses.asdict(training),
         "network": prepared.network.to_dict(),
@@ -66,14 +69,18 @@ def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[st
         "facts": prepared.facts,
         "handle": dataclasses.asdict(handle),
         "spool": str(_spool_folder()),
+        "start": signs.start,
         "ray_storage": storage.child("ray").url,
     }
     status = "FAILED"
     try:
-        with watching(training, storage):
-            launch(worker, plan, training.launcher, training.workers, training.name)
+        with watching(training, signs):
+            launch(worker, plan, training.launcher, training.workers, training.name, signs)
         result = json.loads(storage.read(RESULT))
         status = "FINISHED" if result["status"] == "done" else "KILLED"
+    except (StoppedError, KeyboardInterrupt):
+        status = "KILLED"
+        raise
     finally:
         end_run(handle, status)
     return _result(training, storage, result, result["status"], prepared, started)

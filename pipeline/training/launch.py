@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from iqpir.errors import IqpirError, PermanentError, UsageError
+from iqpir.errors import UsageError
+from pipeline.training.signs import Signs
 
 Launcher = Literal["ray", "torchrun", "local"]
 Train = Callable[[dict[str, Any]], None]
-_START_TIMEOUT_S = 1800
-_COLLECTIVE_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +32,18 @@ class Workers:
     """One GPU a worker: if the cluster has them, always, or never."""
     max_failures: int = 3
     """Restarts after real failures; preempted nodes do not count."""
+    stop_seconds: float = 600.0
+    """Seconds that workers of Ray get to write a checkpoint after the first SIGTERM or Ctrl-C."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.min_count <= self.count:
             raise UsageError(f"workers.count {self.count} with workers.min_count {self.min_count} is no range.")
+        if self.stop_seconds < 0:
+            raise UsageError(f"workers.stop_seconds {self.stop_seconds} is negative.")
 
 
-def launch(train: Train, plan: dict[str, Any], launcher: Launcher, workers: Workers, name: str) -> None:
-    """Run ``train(plan)`` in every worker and wait.
+def launch(train: Train, plan: dict[str, Any], launcher: Launcher, workers: Workers, name: str, signs: Signs) -> None:
+    """Run ``train(plan)`` in every worker and wait. A stop of the job reaches them; they write a checkpoint and end.
 
     Args:
         train: what each worker runs; finds its rank through ``iqpir.training.distributed``.
@@ -48,13 +51,18 @@ def launch(train: Train, plan: dict[str, Any], launcher: Launcher, workers: Work
         launcher: ``local`` (this process), ``torchrun`` (this process is one of many), ``ray``.
         workers: how many, for ``ray``.
         name: the run's name, for Ray's own records.
+        signs: how workers of Ray hear of a stop.
 
     Raises:
         IqpirError: whatever the training function raised for a user.
-        PermanentError: workers failed more often than ``workers.max_failures``.
+        IncompleteError: workers died more often than ``workers.max_failures``; the same command goes on.
+        StoppedError: the job was stopped, and the workers have not begun or do not end.
+        PermanentError: the training function has a mistake.
     """
     if launcher == "ray":
-        _launch_ray(train, plan, workers, name)
+        from pipeline.training.ray_launch import launch_on_ray  # Ray takes a second to import
+
+        launch_on_ray(train, plan, workers, name, signs)
         return
     if launcher == "local" and workers.count > 1:
         raise UsageError(
@@ -79,55 +87,3 @@ def _join_process_group() -> bool:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return True
-
-
-def _launch_ray(train: Train, plan: dict[str, Any], workers: Workers, name: str) -> None:
-    """Ray Train V2: gang-scheduled workers, restarts with a bound, no checkpoint of Ray's own."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipeline.cluster import ensure_ray
-
-    ensure_ray(num_cpus=max(int(workers.count * workers.cpus) + 1, os.cpu_count() or 1))
-    use_gpu = workers.gpus == "yes" or (workers.gpus == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    trainer = TorchTrainer(
-        train,
-        train_loop_config=plan,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            # Train V2 takes a range; the annotations that a type checker sees are those of V1.
-            num_workers=(workers.min_count, workers.count) if workers.min_count else workers.count,  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=plan["ray_storage"],
-            # Train V2 has the second limit; the annotations that a type checker sees are those of V1.
-            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=20),  # type: ignore[call-arg]
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise _cause(error, name) from error
-
-
-def _cause(error: BaseException, name: str) -> IqpirError:
-    """The user's error behind Ray's, or a PermanentError with its first line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in [*failures.values(), error]:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, IqpirError):
-                return cause
-            cause = cause.__cause__ or getattr(cause, "_base_exc", None)
-    first = next(iter(failures.values()), error)
-    text = str(first).strip().splitlines()
-    return PermanentError(
-        f"Training {name} failed: {text[-1] if text else type(first).__name__}",
-        "The workers' logs (ray job logs, or the session's folder) hold the traceback; the same command resumes.",
-    )

@@ -1,65 +1,119 @@
-"""Show how far a training is, wherever its steps are taken.
+"""Show how far a training is and what it says, wherever its steps are taken.
 
-A worker of Ray has no terminal: it leaves its step in the run's folder, and the driver looks there.
+A worker of Ray has no terminal: it leaves both in the run's folder (``Signs``), and the driver looks there.
 """
 
-import json
+import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from iqpir.training.distributed import Distributed
-from pipeline.layout import to_json
+from pipeline.command import log_to_stderr
 from pipeline.progress import progress
-from pipeline.storage import Storage
 from pipeline.training.config import Training
+from pipeline.training.signs import Progress, Signs
 
-PROGRESS = "progress.json"
+log = logging.getLogger(__name__)
 _POLL_SECONDS = 3.0
+_MOST_SAID = 100
 
 
 @contextmanager
-def step_meter(training: Training, distributed: Distributed) -> Iterator[Callable[[int, int], None]]:
+def step_meter(training: Training, distributed: Distributed, signs: Signs) -> Iterator[Callable[[int, int], None]]:
     """Progress by step number, on rank 0 alone; a worker of Ray leaves it where the driver looks."""
     if not distributed.is_main:
         yield lambda step, steps: None
     elif training.launcher == "ray":
-        storage, spoken = Storage.open(training.run_url), 0.0
-
-        def leave(step: int, steps: int) -> None:
-            nonlocal spoken
-            if step == steps or time.monotonic() - spoken > _POLL_SECONDS:
-                spoken = time.monotonic()
-                storage.publish(PROGRESS, to_json({"step": step}))
-
-        yield leave
+        with _left_for_the_driver(signs) as leave:
+            yield leave
     else:
         with _meter(training) as show:
             yield show
 
 
 @contextmanager
-def watching(training: Training, storage: Storage) -> Iterator[None]:
-    """In the driver: show how far the workers of Ray are, whose output stays on their nodes."""
+def _left_for_the_driver(signs: Signs) -> Iterator[Callable[[int, int], None]]:
+    worker, spoken, last = secrets.token_hex(4), 0.0, 0
+    with _heard() as said:
+
+        def leave(step: int, steps: int) -> None:
+            nonlocal spoken, last
+            last = step
+            if step == steps or time.monotonic() - spoken > _POLL_SECONDS:
+                spoken = time.monotonic()
+                signs.show(Progress(worker, step, said))
+
+        try:
+            yield leave
+        finally:
+            signs.show(Progress(worker, last, said))
+
+
+@contextmanager
+def _heard() -> Iterator[list[tuple[int, str]]]:
+    """What is logged in this process until the block ends, level and text, as a job in a terminal would show it."""
+    said: list[tuple[int, str]] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            """Keep the record's text."""
+            if len(said) < _MOST_SAID:
+                said.append((record.levelno, f"{record.name}: {record.getMessage()}"))
+
+    log_to_stderr()  # of the worker, whose file keeps what is more than _MOST_SAID
+    ear = Ear()
+    logging.getLogger().addHandler(ear)
+    try:
+        yield said
+    finally:
+        logging.getLogger().removeHandler(ear)
+
+
+@contextmanager
+def watching(training: Training, signs: Signs) -> Iterator[None]:
+    """In the driver: show how far the workers of Ray are and what the first says; its output stays on its node."""
     if training.launcher != "ray":
         yield
         return
     ended = threading.Event()
-
-    def watch(show: Callable[[int, int], None]) -> None:
-        while not ended.wait(_POLL_SECONDS):
-            if storage.exists(PROGRESS):
-                show(json.loads(storage.read(PROGRESS))["step"], training.steps)
-
     with _meter(training) as show:
-        thread = threading.Thread(target=watch, args=(show,), daemon=True)
+        look = _Look(training, signs, show)
+        thread = threading.Thread(target=look.until, args=(ended,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
+            look()
+
+
+class _Look:
+    """Shows what is new since the last look."""
+
+    def __init__(self, training: Training, signs: Signs, show: Callable[[int, int], None]) -> None:
+        self.training, self.signs, self.show = training, signs, show
+        self.worker, self.told = "", 0
+
+    def until(self, ended: threading.Event) -> None:
+        """Look every few seconds."""
+        while not ended.wait(_POLL_SECONDS):
+            self()
+
+    def __call__(self) -> None:
+        found = self.signs.progress()
+        if found is None:
+            return
+        if found.worker != self.worker:
+            self.worker, self.told = found.worker, 0
+        for level, text in found.said[self.told :]:
+            log.log(level, "first worker: %s", text)
+        self.told = len(found.said)
+        if found.step:
+            self.show(found.step, self.training.steps)
 
 
 @contextmanager

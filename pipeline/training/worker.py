@@ -1,9 +1,7 @@
 """What each worker of a training runs: build the stage's parts from the driver's plan, fit, record the end."""
 
 import dataclasses
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from pipeline.command import from_dict
 from pipeline.corpus import Corpus
 from pipeline.encode import read_codes
 from pipeline.layout import to_json
+from pipeline.stopping import stopping
 from pipeline.storage import Storage
 from pipeline.tracking.runs import RunHandle, RunLog
 from pipeline.training.checkpoints import checkpoint_sink
@@ -27,6 +26,7 @@ from pipeline.training.config import RESULT, Build, Prepared, Training, partners
 from pipeline.training.feed import IndexedFeed, Samples
 from pipeline.training.launch import Launcher
 from pipeline.training.pairs import Pairs, PairsConfig
+from pipeline.training.signs import Signs
 from pipeline.training.step_meter import step_meter
 from pipeline.view import read_view
 
@@ -39,13 +39,14 @@ def run_worker(plan: Mapping[str, Any], training_type: type[Training], build: Bu
     distributed = Distributed.current(device)
     torch.manual_seed(training.seed)
     parts = build(training, prepared, distributed)
+    signs = Signs(Storage.open(training.run_url), plan["start"])
     handle = RunHandle(**plan["handle"])
     run_log = RunLog(handle, Path(plan["spool"]))
     try:
         with (
             tempfile.TemporaryDirectory(prefix=f"iqpir-{training.name}-") as folder,
-            step_meter(training, distributed) as report,
-            _stop_flag() as stop,
+            step_meter(training, distributed, signs) as report,
+            _stop_flag(training.launcher, distributed, signs) as stop,
         ):
             result = fit(
                 parts.stage,
@@ -81,19 +82,16 @@ def _device(launcher: Launcher) -> torch.device:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """True after SIGTERM or SIGINT, until the block ends. Ray's workers train in another thread, without signals."""
-    raised = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield raised.is_set
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: raised.set()) for number in numbers]
-    try:
-        yield raised.is_set
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def _stop_flag(launcher: Launcher, distributed: Distributed, signs: Signs) -> Iterator[Callable[[], bool]]:
+    """True once the training shall stop: after a signal, or the driver's word where Ray started this process."""
+    if launcher != "ray":
+        with stopping("a checkpoint is written, the same command goes on from there") as event:
+            yield event.is_set
+    elif distributed.is_main:
+        with signs.stop_asked() as event:
+            yield event.is_set
+    else:  # ranks agree: the first one's word is enough
+        yield lambda: False
 
 
 def training_feed(

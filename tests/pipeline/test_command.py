@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, RESOURCE_DOES_NOT_EXIST
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from iqpir.errors import IncompleteError, IqpirError, PermanentError, UsageError, VerificationError
 from pipeline.command import from_dict, parse, run
@@ -282,9 +285,34 @@ class TestEnding:
         assert (code, out) == (3, "")
         assert err == "sharpen: interrupted; the same command goes on where it stopped.\n"
 
-    def test_a_mistake_of_the_program_keeps_its_traceback(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(ZeroDivisionError):
-            failing(ZeroDivisionError(), capsys)
+    @pytest.mark.parametrize(
+        ("error", "code", "told"),
+        [
+            (MlflowException("API request failed with\ntoo many retries"), 3, "MLflow failed: API request failed with"),
+            (MlflowException("busy", REQUEST_LIMIT_EXCEEDED), 3, "MLflow failed: busy. When"),
+            (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), 1, "MLflow refuses: no such run. Look"),
+            (ActorDiedError(), 3, "Ray failed: The actor died"),
+            (RayTaskError("work", "traceback", OSError(errno.ENOSPC, "full")), 3, "full"),
+            (RayTaskError("work", "traceback", UsageError("It is wrong.")), 1, "sharpen: It is wrong.\n"),
+        ],
+        ids=["away", "busy", "refuses", "ray", "disk of a task", "usage of a task"],
+    )
+    def test_servers_that_fail_are_one_line_too(
+        self, error: Exception, code: int, told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raised = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        ended, out, err = failing(raised, capsys)
+        assert (ended, out, err.count("\n")) == (code, "", 1)
+        assert told in err
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError(), RayTaskError("work", "there", ZeroDivisionError())])
+    def test_a_mistake_of_the_program_keeps_its_traceback(
+        self, error: Exception, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raised = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        code, out, err = failing(raised, capsys)
+        assert (code, out) == (5, "")
+        assert err.startswith("Traceback") and "raise error" in err and "ZeroDivisionError" in err.splitlines()[-1]
 
     def test_wrong_usage_runs_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         def verb(config: SharpenConfig) -> SharpenResult:

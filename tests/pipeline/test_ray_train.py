@@ -1,9 +1,12 @@
 """Ray Train: two workers learn what one does, and the death of one costs no step and no second MLflow run."""
 
 import dataclasses
+import signal
+import time
 from pathlib import Path
 
 import pytest
+import ray
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -15,9 +18,15 @@ from pipeline.training.driver import run_training
 from pipeline.training.launch import Workers
 from tests.chain import STAGE1, Chain
 from tests.pipeline.mortal_training import DIES_AFTER, GRAVE, mortal_worker
+from tests.pipeline.training_job import Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 TWO = Workers(count=2, cpus=1.0)
+
+
+def address() -> str:
+    """Of the session's Ray."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def runs_of(chain: Chain, name: str) -> list[str]:
@@ -66,6 +75,41 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost(chain: Chain) -> None:
     assert runs_of(chain, "killed") == [result.mlflow_run]
     steps = logged_steps(chain, result.mlflow_run)
     assert steps == list(range(2, 31, 2))
+
+
+def test_a_stopped_training_on_ray_writes_a_checkpoint_and_goes_on_from_it(chain: Chain, tmp_path: Path) -> None:
+    settings = chain.data.stage1("stopped", launcher="ray", workers=TWO, steps=100_000, checkpoint_every=10)
+    job, before = Job(settings, tmp_path), 0
+    for attempt, number in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
+        process = job.start(RAY_ADDRESS=address())
+        job.wait_for_checkpoint(process, attempt)
+        process.send_signal(number)
+        ended = job.finish(process, 3)
+        assert ended["status"] == "stopped" and 10 <= ended["step"] < 100_000
+        found = checkpoint.load(Path(ended["checkpoint"]))
+        assert (found.step, found.metadata["world_size"]) == (ended["step"], 2)
+        assert MlflowClient(settings.tracking_uri).get_run(ended["mlflow_run"]).info.status == "KILLED"
+        assert ended["resumed_from"] == before
+        before = ended["step"]
+    assert "first worker: iqpir.training.loop: Resumed stage1 at step" in job.said
+    assert runs_of(chain, "stopped") == [ended["mlflow_run"]]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["while Ray starts", "while Ray waits for room"])
+def test_a_training_stopped_before_its_first_step_may_be_started_again(own: bool, chain: Chain, tmp_path: Path) -> None:
+    name = f"unbegun-{own}"
+    settings = chain.data.stage1(name, launcher="ray", workers=Workers(cpus=1.0 if own else 64.0))
+    job = Job(settings, tmp_path)
+    process = job.start(**({} if own else {"RAY_ADDRESS": address()}))
+    while not (job.run / "run.json").exists():
+        time.sleep(0.05)
+    time.sleep(1.0 if own else 5.0)  # run.json is written right before Ray is needed
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (3, ""), err
+    assert "stopped" in err.splitlines()[-1].lower() and "same command" in err.splitlines()[-1]
+    (run_id,) = runs_of(chain, name)
+    assert MlflowClient(settings.tracking_uri).get_run(run_id).info.status == "KILLED"
 
 
 def test_what_a_worker_says_to_the_user_reaches_the_user(chain: Chain) -> None:

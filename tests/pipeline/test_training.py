@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from mlflow.entities import Run
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import decode
-from iqpir.training.checkpoint import MANIFEST
 from pipeline.corpus import Corpus
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
@@ -31,8 +28,8 @@ from pipeline.training.config import Training, TrainResult
 from pipeline.training.prior import PriorConfig, build_prior
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
+from tests.pipeline.training_job import Job
 
-JOBS = Path(__file__).parents[2] / "jobs"
 STEPS = 24
 
 
@@ -57,30 +54,6 @@ def mlflow_run(training: Training, run_id: str) -> Run:
 def steps_of(training: Training, run_id: str, key: str = "loss") -> list[int]:
     history = MlflowClient(training.tracking_uri).get_metric_history(run_id, key)
     return sorted(point.step for point in history)
-
-
-class Job:
-    """A stage's job in a process of its own, with one configuration."""
-
-    def __init__(self, training: Training, folder: Path) -> None:
-        recipe = folder / "recipe.json"
-        recipe.write_text(json.dumps(dataclasses.asdict(training)))
-        self.run = Path(training.run_url)
-        self.command = [sys.executable, str(JOBS / f"{training.stage_name}.py"), "--config", str(recipe)]
-
-    def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def finish(self, process: subprocess.Popen[str], code: int) -> dict[str, Any]:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == code, err
-        result: dict[str, Any] = json.loads(out.splitlines()[-1])
-        return result
-
-    def wait_for_checkpoint(self, process: subprocess.Popen[str]) -> None:
-        while not any(self.run.glob(f"checkpoints/step_*/{MANIFEST}")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
 
 
 @pytest.mark.slow

@@ -142,11 +142,13 @@ def test_on_ray_a_worker_may_die_a_few_times(times: int, kind: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "workers", "units"), [(signal.SIGTERM, 0, 200), (signal.SIGINT, 0, 200), (signal.SIGTERM, 2, 1000)]
+)
 def test_after_a_signal_the_running_unit_ends_and_exit_is_3(
-    number: signal.Signals, draw: Callable[..., Path], tmp_path: Path
+    number: signal.Signals, workers: int, units: int, draw: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = draw(200)
+    source = draw(units)
     program = textwrap.dedent(
         """
         import sys
@@ -156,9 +158,11 @@ def test_after_a_signal_the_running_unit_ends_and_exit_is_3(
         """
     )
     corpus = tmp_path / "corpus"
-    arguments = ["--input", str(source), "--corpus", str(corpus), "--unit_samples", "1", "--workers", "0"]
+    arguments = ["--input", str(source), "--corpus", str(corpus), "--unit_samples", "1"]
     root = Path(__file__).parents[3]
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=root, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments, "--workers", str(workers)], cwd=root, stderr=subprocess.PIPE
+    )
     while not list(corpus.glob("_commits/shard/*/*.json")) and process.poll() is None:
         pass
     process.send_signal(number)
@@ -166,7 +170,7 @@ def test_after_a_signal_the_running_unit_ends_and_exit_is_3(
     assert process.returncode == 3, text.decode()
     assert b"units of shard are not done" in text
     records = list(corpus.glob("_commits/shard/*/*.json"))
-    assert 0 < len(records) < 200 and not (corpus / "_SUCCESS").exists()
+    assert 0 < len(records) < units and not (corpus / "_SUCCESS").exists()
     assert all(json.loads(path.read_bytes())["inputs"] == 1 for path in records)
 
 
