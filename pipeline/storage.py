@@ -1,4 +1,4 @@
-"""Folders, ``s3://`` and every other fsspec URL behind one small interface: the one door to storage.
+"""Folders, ``s3://`` and other object stores of fsspec behind one small interface: the one door to storage.
 
 Nothing is ever streamed to its final name: objects appear whole. ``publish`` replaces (for names that carry a
 digest), ``create`` makes a name only where it is absent and answers with the content that won (for records).
@@ -77,7 +77,7 @@ class Storage:
 
     @classmethod
     def open(cls, url: str) -> "Storage":
-        """The storage at a folder, ``file://``, ``s3://bucket/prefix``, ``memory://`` or other fsspec URL.
+        """The storage at a folder, ``file://``, ``s3://bucket/prefix``, ``memory://`` or another object store.
 
         Writes nothing, and a folder need not exist yet.
 
@@ -87,9 +87,10 @@ class Storage:
         if not url:
             raise UsageError("An empty string is no folder or URL.")
         protocol, separator, rest = url.partition("://")
-        if not separator or protocol in ("file", "local"):
+        if not separator or protocol.lower() in ("file", "local"):
             folder = os.path.abspath(os.path.expanduser(rest if separator else url))
             return cls(folder, Folder(), folder.strip("/"))
+        url = f"{protocol.lower()}://{rest}"
         backend, root = connect(url)
         return cls(url.rstrip("/"), backend, root)
 

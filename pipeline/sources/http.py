@@ -7,10 +7,13 @@ else. Proxies of the environment are not used, they would resolve names themselv
 
 import contextlib
 import ipaddress
+import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -18,6 +21,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 import urllib3
+from urllib3 import HTTPResponse
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError, SSLError
@@ -86,7 +90,9 @@ class Downloads:
     def __init__(self, config: HttpConfig, max_bytes: int) -> None:
         self._config, self._max_bytes = config, max_bytes
         self._pools = urllib3.PoolManager(num_pools=64, maxsize=16)
-        if not config.allow_private:
+        if config.allow_private:
+            self._pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        else:
             self._pools.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
 
     def fetch(self, url: str) -> Fetched:
@@ -101,6 +107,8 @@ class Downloads:
             try:
                 return self._follow(url, deadline)
             except _BusyError as error:
+                if time.monotonic() >= deadline:
+                    raise InputError("http_timeout", f"{url} took more than {self._config.deadline:g} s.") from error
                 wait = self._wait(error, attempt)
                 late = time.monotonic() + wait > deadline
                 if attempt == self._config.attempts or wait > self._config.longest_wait or late:
@@ -121,7 +129,7 @@ class Downloads:
         for _ in range(self._config.redirects + 1):
             if not url.startswith(("http://", "https://")):
                 raise InputError("http_redirect", f"Redirected to {url}, which is no http address.")
-            with _judged(url), self._opened(url) as response:
+            with _judged(url), _Watch(deadline), self._opened(url) as response:
                 target = response.headers.get("Location")
                 if response.status in (301, 302, 303, 307, 308) and target:
                     url = urljoin(url, target)
@@ -160,8 +168,8 @@ class Downloads:
             size += len(piece)
             if size > self._max_bytes:
                 raise InputError("too_large", f"The answer is longer than {self._max_bytes} bytes.")
-            if time.monotonic() > deadline:
-                raise InputError("http_timeout", f"{url} was not read within {self._config.deadline:g} s.")
+        if time.monotonic() >= deadline:  # an answer of unknown length ends where its socket is shut
+            raise _BusyError("http_timeout", f"{url} was not read in time.")
         if announced.isdigit() and size != int(announced):
             raise _BusyError("http_connection", f"{size} of {announced} bytes of {url} came.")
         return b"".join(pieces)
@@ -251,14 +259,87 @@ def _connect(connection: HTTPConnection) -> socket.socket:
     raise NewConnectionError(connection, f"{host} refuses ({failure})") from failure
 
 
-class _PublicHTTP(HTTPConnection):
+class _Watch:
+    """Shuts the socket of the requests inside at ``deadline``, whatever they wait for.
+
+    A timeout of a socket begins anew with each byte: an answer may drip, and so may its headers or a handshake.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._end)
+        self._timer.daemon = True
+        self._lock = threading.Lock()
+        self._twin: socket.socket | None = None
+        self._over = False
+
+    def __enter__(self) -> None:
+        self._token = _WATCH.set(self)
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        _WATCH.reset(self._token)
+        self._timer.cancel()
+        self._replace(None)
+
+    def over(self, sock: socket.socket) -> None:
+        """Look after this socket from now on."""
+        self._replace(socket.socket(fileno=os.dup(sock.fileno())))  # the original may be wrapped, or closed
+
+    def _replace(self, twin: socket.socket | None) -> None:
+        with self._lock:
+            former, self._twin = self._twin, twin
+            if former is not None:
+                former.close()
+            if self._over:
+                self._shut()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._over = True
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._twin is not None:
+            with contextlib.suppress(OSError):  # the other side was faster
+                self._twin.shutdown(socket.SHUT_RDWR)
+
+
+_WATCH: ContextVar[_Watch] = ContextVar("watch")
+
+
+class _HTTP(HTTPConnection):
     def _new_conn(self) -> socket.socket:
+        sock = self._dial()
+        _WATCH.get().over(sock)
+        return sock
+
+    def _dial(self) -> socket.socket:
+        return super()._new_conn()
+
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # urllib3's own differs as well
+        _WATCH.get().over(self.sock)  # of a connection that is used again, too
+        return super().getresponse()
+
+
+class _HTTPS(_HTTP, HTTPSConnection):
+    """With TLS."""
+
+
+class _PublicHTTP(_HTTP):
+    def _dial(self) -> socket.socket:
         return _connect(self)
 
 
-class _PublicHTTPS(HTTPSConnection):
-    def _new_conn(self) -> socket.socket:
-        return _connect(self)
+class _PublicHTTPS(_PublicHTTP, HTTPSConnection):
+    """With TLS."""
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _HTTP
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _HTTPS
 
 
 class _PublicHTTPPool(HTTPConnectionPool):

@@ -24,6 +24,7 @@ from pipeline.layout import sha256_hex
 from pipeline.sources.http import Downloads
 from pipeline.sources.inputs import Fetched, Input, InputError, Inputs, Listing, in_order
 from pipeline.storage import Storage
+from pipeline.stores.objects import PROTOCOLS
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = ("uri", "url", "path", "file_name")
@@ -31,6 +32,8 @@ COLUMNS = ("uri", "url", "path", "file_name")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_SCHEMES = PROTOCOLS | {"", "file", "http", "https"}
+"""What a list may name; paths have none."""
 _BATCH = 4096
 
 
@@ -101,7 +104,10 @@ class ListReader:
             OSError: the store fails.
         """
         uri = self.uri(entry)
-        remote = uri.startswith(("http://", "https://"))
+        scheme = uri[: match.end()] if (match := _SCHEME.match(uri)) else ""
+        if scheme.removesuffix("://") not in _SCHEMES:
+            raise InputError("unsupported_scheme", f"{scheme} is not among {', '.join(sorted(_SCHEMES - {''}))}.")
+        remote = scheme in ("http://", "https://")
         found = self._downloads.fetch(uri) if remote else self._stored(entry, uri)
         if entry.etag.startswith("sha256:"):
             require_sha256(found.data, entry.etag.removeprefix("sha256:"))
@@ -154,6 +160,7 @@ def require_sha256(data: bytes, expected: str) -> None:
 def resolve(base: str, address: str) -> str:
     """``address`` whole: an absolute path, or with its protocol; relative ones start from ``base``."""
     if _SCHEME.match(address):
+        address = _normal(address)
         return address.removeprefix("file://") if address.startswith("file:///") else address
     scheme = _SCHEME.match(base)
     if scheme is None or address.startswith("/"):
@@ -162,7 +169,9 @@ def resolve(base: str, address: str) -> str:
 
 
 def _normal(address: str) -> str:
-    return address if _SCHEME.match(address) else posixpath.normpath(address)
+    """One form of an address, for what is the same place in any case: its protocol is written small."""
+    scheme = _SCHEME.match(address)
+    return scheme[0].lower() + address[scheme.end() :] if scheme else posixpath.normpath(address)
 
 
 def _root(uri: str) -> tuple[str, str]:

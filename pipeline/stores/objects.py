@@ -17,11 +17,12 @@ from typing import Any
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.asyn import AsyncFileSystem
-from fsspec.core import split_protocol
 
 from iqpir.errors import UsageError
 from pipeline.stores.folder import ConditionsIgnoredError, Entry
 
+PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"})
+"""Object stores. fsspec has more, such as ftp, zip and github: they want options, or are no stores of whole objects."""
 REACH_SECONDS = 12.0
 """How long opening a remote URL may take before it counts as unreachable."""
 CALL_SECONDS = 60.0
@@ -51,9 +52,14 @@ def connect(url: str) -> tuple["Objects", str]:
     """The store of a URL, and the path of the URL in it.
 
     Raises:
-        UsageError: unknown protocol, missing package, unreachable store or missing bucket.
+        UsageError: a protocol that is not in ``PROTOCOLS``, missing package, unreachable store or missing bucket.
     """
-    protocol = split_protocol(url)[0]
+    protocol = url.partition("://")[0]
+    if protocol not in PROTOCOLS:
+        raise UsageError(
+            f"Cannot open {url}: {protocol}:// is no store that is used here.",
+            f"Give a folder, or a URL that begins with {', '.join(sorted(PROTOCOLS))}.",
+        )
     store = S3Objects("s3") if protocol in ("s3", "s3a") else Objects(protocol)
     try:
         root = str(store.fs._strip_protocol(url)).strip("/")

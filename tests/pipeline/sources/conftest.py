@@ -44,7 +44,14 @@ class Handler(BaseHTTPRequestHandler):
         web, path = self.server, self.path
         web.requests[path] += 1
         count, status, after = web.busy.get(path, (0, 0, ""))
-        special = {"/silent": self.silent, "/cut": self.cut, "/drip": self.drip, "/endless": self.endless}
+        special = {
+            "/silent": self.silent,
+            "/cut": self.cut,
+            "/drip": self.drip,
+            "/loris": self.loris,
+            "/trickle": self.trickle,
+            "/endless": self.endless,
+        }
         if web.requests[path] <= count:
             self.answer(status, b"", **({"Retry-After": after} if after else {}))
         elif path in web.redirects:
@@ -65,6 +72,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def drip(self) -> None:
         self.answer(200, b"", length=1000)
+        while not self.server.stop.wait(0.05) and self.sent(b"x"):
+            continue
+
+    def loris(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not self.server.stop.wait(0.05) and self.sent(b"x"):
+            continue
+
+    def trickle(self) -> None:
+        self.send_response(200)
+        self.end_headers()
         while not self.server.stop.wait(0.05) and self.sent(b"x"):
             continue
 

@@ -70,9 +70,11 @@ def test_silence_and_cuts_are_transient(web: Web, path: str, code: str) -> None:
     assert code in TRANSIENT and web.requests[path] == 2
 
 
-def test_a_dripping_answer_ends_at_the_deadline(web: Web) -> None:
+@pytest.mark.parametrize("path", ["/drip", "/loris", "/trickle"])
+def test_a_dripping_answer_ends_at_the_deadline(web: Web, path: str) -> None:
+    """With a length, in its headers, and without a length, where an end of the connection is the end."""
     began = time.monotonic()
-    assert code_of(lambda: downloads(deadline=0.4).fetch(f"{web.url}/drip")) == "http_timeout"
+    assert code_of(lambda: downloads(deadline=0.4).fetch(web.url + path)) == "http_timeout"
     assert time.monotonic() - began < 3
 
 

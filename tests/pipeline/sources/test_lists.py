@@ -103,6 +103,8 @@ def test_what_cannot_be_had_is_a_row_each_with_its_reason(folder: Path, web: Web
         "gone": "sub/nine.png",
         "folder": "sub",
         "strange": "nothing://at/all",
+        "ftp": "ftp://127.0.0.1/a.png",
+        "zip": "zip://a.png",
         "root": str(folder / "sub/3.png"),
     }
     path = folder / "list.jsonl"
@@ -121,7 +123,9 @@ def test_what_cannot_be_had_is_a_row_each_with_its_reason(folder: Path, web: Web
         "cut": "failed_http_connection",
         "gone": "failed_missing",
         "folder": "failed_missing",
-        "strange": "failed_unreachable",
+        "strange": "failed_unsupported_scheme",
+        "ftp": "failed_unsupported_scheme",
+        "zip": "failed_unsupported_scheme",
     }
     assert rows[addresses["good"]]["input_etag"] == "v1" and rows[addresses["good"]]["input_size"] == len(png)
     assert all(json.loads(rows[address]["metadata"])["name"] == name for name, address in addresses.items())
@@ -131,8 +135,8 @@ def test_what_cannot_be_had_is_a_row_each_with_its_reason(folder: Path, web: Web
 def test_private_addresses_need_a_flag(folder: Path, web: Web, sharded: Sharded) -> None:
     web.files["/a.png"] = (folder / "sub/0.png").read_bytes()
     path = folder / "list.txt"
-    path.write_text(f"{web.url}/a.png\nsub/0.png")
-    assert sharded(path).statuses == {"success": 1, "failed_http_address_refused": 1}
+    path.write_text(f"{web.url}/a.png\nsub/0.png\n{web.url.replace('http', 'HTTP')}/b.png")
+    assert sharded(path).statuses == {"success": 1, "failed_http_address_refused": 2}
     assert not web.requests
 
 
@@ -172,6 +176,7 @@ def test_relative_paths_of_a_list_in_a_store_start_there(pictures: list[bytes], 
         ("/data/lists", "s3://b/a.png", "s3://b/a.png"),
         ("s3://b/lists", "x/../a.png", "s3://b/lists/a.png"),
         ("s3://b/lists", "https://c/a.png?x=../y", "https://c/a.png?x=../y"),
+        ("s3://b/lists", "HTTPS://C/A.png", "https://C/A.png"),
     ],
 )
 def test_addresses_are_made_whole(base: str, address: str, whole: str) -> None:
