@@ -7,7 +7,7 @@ and numpy, and works on landmarks alone.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -149,8 +149,7 @@ def paste(picture: Picture, restored: Picture, matrix: Matrix, feather: float = 
     return result
 
 
-@dataclass(frozen=True)
-class FacesRestored:
+class FacesRestored(NamedTuple):
     """A picture whose faces were restored."""
 
     picture: Picture

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from iqpir.config import Codebooks, Conditioning, Fusion, NetworkConfig
 from iqpir.errors import UsageError
-from iqpir.networks.restoration_network import build
+from iqpir.networks.restoration_network import RestorationNetwork, build
+
+OFFICIAL = "official"
+"""``stage`` of such weights in a model's metadata."""
 
 CONTAINERS = ("params_ema", "params")
 """Keys that hold the weights in a training file; the first one found is used."""
@@ -60,6 +63,25 @@ def load_official(
         ) from error
     _check(state, config, str(path))
     return config, state
+
+
+def official_network(
+    path: str | Path, *, alpha: float = 0.8, hq_threshold: float = 0.7, transformer_heads: int = 8
+) -> RestorationNetwork:
+    """The network of a published checkpoint, with its weights. Arguments as for ``load_official``.
+
+    Raises:
+        UsageError: as for ``load_official``, or the file holds the autoencoder alone, which restores nothing.
+    """
+    config, state = load_official(path, alpha=alpha, hq_threshold=hq_threshold, transformer_heads=transformer_heads)
+    if is_autoencoder_only(state):
+        raise UsageError(
+            f"{path} holds the autoencoder of stage 1 alone, which restores nothing.",
+            "Give the file of a whole CodeFormer or IQPIR.",
+        )
+    network = build(config)
+    network.load_state_dict(state)
+    return network
 
 
 def is_autoencoder_only(state: Mapping[str, Tensor]) -> bool:

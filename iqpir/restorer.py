@@ -1,7 +1,7 @@
 """Restore pictures of any size and kind with a saved model.
 
 A model directory holds ``config.json`` (``network``: its configuration; ``metadata``: where it comes from)
-and ``model.safetensors``. A training checkpoint is such a directory too.
+and ``model.safetensors``. A training checkpoint is such a directory too. A file is a published checkpoint.
 """
 
 import io
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,17 @@ from torch import Tensor
 
 from iqpir.config import NetworkConfig
 from iqpir.errors import PermanentError, UsageError, VerificationError
+from iqpir.faces import FaceDetector, FacesRestored, restore_faces
 from iqpir.networks.restoration_network import RestorationNetwork, build
+from iqpir.official_checkpoints import OFFICIAL, official_network
 from iqpir.pixels import PixelPolicy, decode, encode_png
 from iqpir.tiling import Canvas
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+_UNFINISHED = ("stage1", "stage2")
+"""Stages after which the fidelity modules are still fresh."""
 
 AnyPicture = bytes | Image.Image | NDArray[np.uint8] | Tensor
 PictureT = TypeVar("PictureT", bound=AnyPicture)
@@ -96,13 +101,19 @@ class Restorer:
         overlap: int | None = None,
         batch_size: int = 4,
     ) -> "Restorer":
-        """Read a model directory or a training checkpoint.
+        """Read a model directory, a training checkpoint, or a published checkpoint's file.
+
+        A file (``.pth``, read without running code from it, or ``.safetensors``) does not tell alpha and S_thr: they
+        are those that the authors trained with. For others give ``official_network(path, alpha=...)`` to ``Restorer``.
 
         Raises:
-            UsageError: there is no model at ``path``.
+            UsageError: there is no model at ``path``, or a file that is no such checkpoint.
             VerificationError: its files are damaged or do not belong together.
         """
         directory = Path(path)
+        if directory.is_file():
+            network, metadata = official_network(directory), {"stage": OFFICIAL, "lineage": {OFFICIAL: directory.name}}
+            return cls(network, device, metadata=metadata, policy=policy, overlap=overlap, batch_size=batch_size)
         facts = _read_config(directory)
         network = build(NetworkConfig.from_dict(facts["network"]))
         _load_weights(network, directory / WEIGHTS_FILE)
@@ -138,13 +149,59 @@ class Restorer:
             answers.append(_like(picture, [next(restored) for _ in group]))
         return answers
 
+    def restore_faces(
+        self,
+        picture: bytes | Image.Image | NDArray[np.uint8],
+        detector: FaceDetector,
+        quality: float | Sequence[float] = 0.95,
+        fidelity: float = 0.0,
+        *,
+        background: Literal["keep", "restore"] = "keep",
+        feather: float = 0.1,
+        which: Literal["all", "largest"] = "all",
+    ) -> FacesRestored:
+        """Restore the faces in a whole picture: found, aligned to the network's pose and size, put back softly.
+
+        Args:
+            picture: encoded bytes, a PIL picture, or uint8 [H, W, 3] in RGB.
+            detector: uint8 RGB [H, W, 3] -> ``iqpir.faces.Face``s with five points each.
+            quality: as for ``restore``.
+            fidelity: as for ``restore``.
+            background: everything but the faces: left as it is, or restored in tiles.
+            feather: width of the soft border around a face, as a share of it, above 0 and at most 0.5.
+            which: every face, or the largest.
+
+        Returns:
+            the picture, uint8 [H, W, 3] in RGB, and how many faces were restored; 0 restored none.
+
+        Raises:
+            PictureError: the bytes are no picture.
+            UsageError: as for ``restore``, or ``feather`` is out of range.
+        """
+
+        def several(faces: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+            return self.restore_batch(faces, quality, fidelity)
+
+        def whole(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            return self.restore(array, quality, fidelity)
+
+        return restore_faces(
+            self._array(picture),
+            detector,
+            several,
+            self.image_size,
+            background=whole if background == "restore" else None,
+            feather=feather,
+            which=which,
+        )
+
     @property
     def takes_fidelity(self) -> bool:
         """Whether a fidelity above 0 means something: stage 3 has trained the modules that it weighs.
 
         Weights that do not say their stage (official ones, a network in memory) are taken as trained.
         """
-        return bool(self.network.config.connect_sizes) and self.metadata.get("stage", "stage3") == "stage3"
+        return bool(self.network.config.connect_sizes) and self.metadata.get("stage") not in _UNFINISHED
 
     def _check_fidelity(self, fidelity: float) -> None:
         _check_dial("fidelity", fidelity)
@@ -170,13 +227,13 @@ class Restorer:
         """Float frames [3, H, W] in [-1, 1] on the CPU."""
         if isinstance(picture, Tensor):
             return _frames_of_tensor(picture)
+        return [torch.from_numpy(self._array(picture)).permute(2, 0, 1).float() / 127.5 - 1]
+
+    def _array(self, picture: bytes | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Pixels, uint8 RGB [H, W, 3]."""
         if isinstance(picture, bytes):
-            array = decode(picture, self.policy).array
-        elif isinstance(picture, Image.Image):
-            array = self._array_of_pil(picture)
-        else:
-            array = _checked_array(picture)
-        return [torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1]
+            return decode(picture, self.policy).array
+        return self._array_of_pil(picture) if isinstance(picture, Image.Image) else _checked_array(picture)
 
     def _array_of_pil(self, image: Image.Image) -> NDArray[np.uint8]:
         """Pixels of a PIL picture; what is not plain RGB goes through the same policy as files."""

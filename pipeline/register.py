@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from iqpir.config import digest
 from iqpir.errors import UsageError, VerificationError
 from iqpir.training.checkpoint import file_sha256
 from pipeline.registry.gate import evaluation_tags
+from pipeline.registry.official import OfficialConfig, official_checkpoint
 from pipeline.registry.package import CONFIG, MODEL_FILE, Package, build_package, save
 from pipeline.registry.self_check import check_version
 from pipeline.tracking.runs import (
@@ -50,8 +51,10 @@ TRAINING_RUN = "training_run"
 class RegisterConfig:
     """Which checkpoint becomes a version of which model."""
 
-    checkpoint: str
+    checkpoint: str = ""
     """Folder or URL of a checkpoint, or a run's folder (its newest checkpoint)."""
+    official: OfficialConfig = field(default_factory=OfficialConfig)
+    """In place of ``checkpoint``: a published CodeFormer or IQPIR file."""
     name: str = "iqpir"
     """Name of the registered model."""
     tracking_uri: str = ""
@@ -67,6 +70,8 @@ class RegisterConfig:
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("/:.%\"'"):
             raise UsageError(f"{self.name!r} is no name for a registered model.", "Use letters, digits, - and _.")
+        if bool(self.checkpoint) == bool(self.official.file):
+            raise UsageError("Either a checkpoint or an official file is registered.", "Give one of the two.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,14 @@ def register(config: RegisterConfig) -> RegisterResult:
         UsageError: there is no such checkpoint, run, evaluation or server.
         VerificationError: the checkpoint is damaged, the evaluation is of another, or the self-check failed.
     """
+    if not config.official.file:
+        return _register(config)
+    with tempfile.TemporaryDirectory(prefix="iqpir-official-") as folder:
+        checkpoint = official_checkpoint(config.official, Path(folder))
+        return _register(replace(config, checkpoint=str(checkpoint), official=OfficialConfig()))
+
+
+def _register(config: RegisterConfig) -> RegisterResult:
     started = time.monotonic()
     checkpoint = fetch_checkpoint(config.checkpoint)
     metadata: dict[str, Any] = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))["metadata"]

@@ -6,7 +6,7 @@ A picture that cannot be restored is a row with the reason, never a copy of the 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,8 +15,8 @@ import pandas as pd
 
 from iqpir.config import digest
 from iqpir.errors import PermanentError, UsageError
-from iqpir.faces import FaceDetector, Picture, restore_faces
-from iqpir.pixels import PictureError, decode, encode_png
+from iqpir.faces import FaceDetector
+from iqpir.pixels import PictureError, encode_png
 from iqpir.restorer import Restorer
 from iqpir.training.checkpoint import load
 from pipeline.face_detector import FacesConfig, load_detector
@@ -188,29 +188,22 @@ def _identity(config: RestoreConfig, detector: str) -> list[Any]:
 def _face_restorer(config: RestoreConfig, detector: FaceDetector) -> Restore:
     """A function over bytes that restores the faces in a picture; one without a face is an error, not a copy."""
     restorer = Restorer.load(config.model, device=config.device)
-
-    def several(pictures: Sequence[Picture]) -> Sequence[Picture]:
-        return restorer.restore_batch(pictures, config.quality, config.fidelity)
-
-    def whole(picture: Picture) -> Picture:
-        return several([picture])[0]
+    faces = config.faces
 
     def run(data: bytes) -> tuple[bytes | None, str | None]:
         try:
-            picture = decode(data, restorer.policy).array
+            result = restorer.restore_faces(
+                data,
+                detector,
+                config.quality,
+                config.fidelity,
+                background=faces.background,
+                feather=faces.feather,
+                which=faces.which,
+            )
         except PictureError as error:
             return None, str(error)
-        background = whole if config.faces.background == "restore" else None
-        result = restore_faces(
-            picture,
-            detector,
-            several,
-            restorer.image_size,
-            background=background,
-            feather=config.faces.feather,
-            which=config.faces.which,
-        )
-        if result.faces == 0 and background is None:
+        if result.faces == 0 and faces.background == "keep":
             return None, "no_face: the detector found none; lower faces.score, or set faces.background to restore."
         return encode_png(result.picture), None
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -19,6 +20,9 @@ from iqpir.faces import (
     restore_faces,
     similarity,
 )
+from iqpir.networks.restoration_network import build
+from iqpir.pixels import encode_png
+from iqpir.restorer import Restorer
 
 SIDE = 64
 
@@ -179,6 +183,19 @@ def test_the_background_may_be_restored_too() -> None:
     result = restore_faces(picture, Given((0.2, 10.0)), lambda faces: list(faces), SIDE, background=lambda p: 255 - p)
     assert np.array_equal(result.picture[:, 130:], 255 - picture[:, 130:])
     assert np.abs(result.picture[60:80, 50:80].astype(int) - picture[60:80, 50:80]).mean() < 3
+
+
+def test_a_restorer_restores_the_faces_of_a_picture_of_any_kind() -> None:
+    torch.manual_seed(2)
+    restorer = Restorer(build("tiny32"))
+    picture, detector = smooth(160, 400), Given((0.2, 10.0), (0.25, 200.0))
+    expected = restore_faces(picture, detector, lambda faces: restorer.restore_batch(faces, 0.3), 32, which="largest")
+    for given in (picture, Image.fromarray(picture), encode_png(picture)):
+        found, faces = restorer.restore_faces(given, detector, 0.3, which="largest")  # type: ignore[arg-type]
+        assert faces == 1 and np.array_equal(found, expected.picture)
+    assert not np.array_equal(expected.picture, picture) and np.array_equal(expected.picture[:, :190], picture[:, :190])
+    whole = restorer.restore_faces(picture, Given(), 0.3, background="restore")
+    assert whole.faces == 0 and np.array_equal(whole.picture, restorer.restore(picture, 0.3))
 
 
 def test_landmarks_that_are_none_are_refused() -> None:

@@ -111,6 +111,24 @@ def test_a_file_of_the_autoencoder_alone_is_recognised(tmp_path: Path) -> None:
     assert torch.equal(target.generator.last_weight, network.generator.last_weight)
 
 
+def test_a_restorer_is_loaded_from_a_published_file(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, transformer_heads=8)
+    path = save(tmp_path / "net.pth", {"params_ema": state_of(config)})
+    restorer = iqpir.Restorer.load(path)
+    picture = torch.rand(3, 40, 32, generator=torch.Generator().manual_seed(0))
+    network = iqpir.build(config)
+    network.load_state_dict(state_of(config))
+    for fidelity in (0.0, 0.7):
+        expected = iqpir.Restorer(network).restore(picture, fidelity=fidelity)
+        assert torch.equal(restorer.restore(picture, fidelity=fidelity), expected)
+    assert restorer.metadata == {"stage": "official", "lineage": {"official": "net.pth"}}
+    with pytest.raises(UsageError, match="cannot be read as weights"):
+        iqpir.Restorer.load(save(tmp_path / "code.pth", {"params": Code()}))
+    alone = save(tmp_path / "vqgan.pth", {"params": network.autoencoder_state()})
+    with pytest.raises(UsageError, match="autoencoder of stage 1 alone"):
+        iqpir.Restorer.load(alone)
+
+
 def damaged(**changes: Any) -> dict[str, Tensor]:
     state = state_of()
     for key, value in changes.items():

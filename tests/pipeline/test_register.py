@@ -5,14 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from iqpir.errors import UsageError, VerificationError
+from iqpir.networks.restoration_network import build
 from iqpir.pixels import encode_png
 from iqpir.restorer import Restorer
+from iqpir.training.checkpoint import weights_digest
 from pipeline.register import CANDIDATE, SELF_CHECK, RegisterConfig, RegisterResult, register
 from pipeline.registry.gate import evaluation_tags
+from pipeline.registry.official import OfficialConfig, official_checkpoint
 from pipeline.registry.registered import fetch_registered
 from pipeline.tracking.runs import open_run, tracking_location
 from tests.conftest import draw_picture
@@ -158,6 +162,33 @@ def test_altered_weights_are_refused(registered: Registered, file: str) -> None:
             fetch_registered("models:/iqpir/1", registered.uri)
     finally:
         path.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_an_official_file_becomes_a_version(registered: Registered, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    network = build("tiny32")
+    torch.save({"params_ema": network.state_dict()}, tmp_path / "net.pth")
+    official = OfficialConfig(file=str(tmp_path / "net.pth"), alpha=0.5, hq_threshold=0.9, transformer_heads=4)
+    config = RegisterConfig(official=official, name="published", tracking_uri=registered.uri)
+    result = register(config)
+    assert result.created and result.max_difference <= 1
+    version = registered.client.get_model_version("published", "1")
+    assert (version.tags["stage"], version.tags["lineage.official"]) == ("official", "net.pth")
+    assert version.tags["weights_digest"] == weights_digest(network.state_dict())
+    folder = fetch_registered("models:/published/1", registered.uri)
+    found = Restorer.load(folder).network.config
+    assert (found.alpha, found.hq_threshold) == (0.5, 0.9), "what the file does not tell is in the model"
+    again = register(config)
+    assert (again.version, again.created) == ("1", False)
+
+
+def test_an_official_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    for given in ({}, {"checkpoint": "run", "official": OfficialConfig(file="net.pth")}):
+        with pytest.raises(UsageError, match="Either a checkpoint or an official file"):
+            RegisterConfig(**given)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"no checkpoint file at .*net\.pth"):
+        official_checkpoint(OfficialConfig(file=str(tmp_path / "net.pth")), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
