@@ -4,7 +4,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= pipeline,iqa,plugin,test
+EXTRAS ?= pipeline,iqa,plugin,app,test
 # ffcv is compiled on this machine, so it is taken only where what it is compiled against is there.
 FFCV := $(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,export)
 ALL_EXTRAS := $(EXTRAS)$(FFCV)

@@ -24,7 +24,20 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from iqpir.errors import IncompleteError, IqpirError, PermanentError, UsageError
 
 JOBS = (
-    *("demo", "preflight", "shard", "score", "label", "dedup", "curate", "report", "degrade", "encode", "export"),
+    *(
+        "demo",
+        "preflight",
+        "shard",
+        "score",
+        "label",
+        "dedup",
+        "curate",
+        "report",
+        "explore",
+        "degrade",
+        "encode",
+        "export",
+    ),
     *("stage1", "stage2", "stage3", "evaluate", "register", "promote", "restore"),
     *("verify", "gc", "status", "fit_metric", "ablation", "bench"),
 )

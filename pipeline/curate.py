@@ -89,10 +89,10 @@ def curate(config: CurateConfig) -> CurateResult:
     corpus = Corpus(config.corpus)
     index = read_label_index(corpus, config.labels)
     found, clusters = read_dedup(corpus, config.dedup) if config.dedup else ({}, None)
-    candidates = _candidates(corpus, read_labels(corpus, index), clusters)
+    candidates = labelled_samples(corpus, read_labels(corpus, index), clusters)
     labelled = candidates.filter(pc.is_valid(candidates["quality"]))
     offered = labelled.filter(pc.is_null(labelled["duplicate_of"])) if _drops(config) else labelled
-    chosen = _select(offered, config.where)
+    chosen = meeting(offered, config.where)
     if not chosen.num_rows:
         raise UsageError(
             f"No sample meets {config.where!r}.", f"{offered.num_rows} have a quality; loosen the condition."
@@ -143,7 +143,7 @@ def _dedup_facts(config: CurateConfig, found: Mapping[str, Any]) -> dict[str, An
     return {"dedup": config.dedup, "dedup_digest": found["digest"], "drop_duplicates": config.drop_duplicates}
 
 
-def _candidates(corpus: Corpus, labels: pa.Table, clusters: pa.Table | None) -> pa.Table:
+def labelled_samples(corpus: Corpus, labels: pa.Table, clusters: pa.Table | None) -> pa.Table:
     """Every live sample with its labels and cluster: columns of ``SAMPLES``, of the labels, of ``DEDUP``, by key."""
     joined = corpus.samples().join(labels, "key", join_type="left outer")
     if clusters is not None:
@@ -151,8 +151,12 @@ def _candidates(corpus: Corpus, labels: pa.Table, clusters: pa.Table | None) -> 
     return joined.sort_by("key").combine_chunks()
 
 
-def _select(candidates: pa.Table, where: str) -> pa.Table:
-    """Rows that meet the condition, by key; the condition sees this table and nothing else."""
+def meeting(candidates: pa.Table, where: str) -> pa.Table:
+    """Rows that meet the condition, by key; the condition sees this table and nothing else.
+
+    Raises:
+        UsageError: it is no condition; the message lists the columns.
+    """
     columns = f"Columns: {', '.join(candidates.column_names)} (write one with a sign in double quotes)."
     with duckdb.connect(":memory:") as connection:
         connection.register("candidates", candidates)

@@ -134,6 +134,7 @@ WITH_CORPUS = {
     "label": [],
     "curate": ["--name", "v"],
     "report": ["--view", "v", "--output", "report.html"],
+    "explore": ["--port", "0"],
     "verify": [],
     "gc": [],
     "status": [],

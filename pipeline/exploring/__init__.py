@@ -1,0 +1,1 @@
+"""What the explorer shows: a corpus by its quality, and a model at its dials."""
