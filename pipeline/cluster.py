@@ -1,12 +1,13 @@
 """Ray as a scheduler: connect or start it, and run a bounded number of tasks at a time."""
 
+import logging
 import os
 import secrets
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,7 +20,11 @@ from pipeline.stopping import StoppedError
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 KNOCK_SECONDS = 10.0
+NODE_SECONDS = 600.0
+"""How long a cluster may take to get a node that is large enough."""
 SYSTEM_RETRIES = 3
 """How often a task is started again after its worker or node died."""
 
@@ -141,13 +146,14 @@ def run_on_ray(
         task, result and None; or task, None and the error of Ray (a worker or node died too often).
 
     Raises:
+        UsageError: no node can run such a task.
         Exception: what ``work`` raised: errors that are values must be values already.
     """
     remote: Any = ray.remote(_call).options(max_retries=SYSTEM_RETRIES, **options)
     shared = ray.put(work)
-    width = window or slots(options) + 2  # two are at hand when others end
+    width = window or slots(options, ray.cluster_resources()) + 2  # two are at hand when others end
     waiting: dict[Any, T] = {}
-    source, deadline = iter(tasks), None
+    source, deadline, room = iter(tasks), None, Room(options)
     while True:
         while len(waiting) < width and not stop():
             try:
@@ -163,18 +169,57 @@ def run_on_ray(
                 for reference in waiting:
                     ray.cancel(reference, force=True)
                 return
+        room.require()
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
         for reference in ready:
             yield _result(reference, waiting.pop(reference))
 
 
-def slots(options: dict[str, Any]) -> int:
-    """How many tasks or actors with these ``options`` the cluster can run at a time."""
-    resources: dict[str, float] = ray.cluster_resources()
+def slots(options: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many tasks or actors with these ``options`` a cluster with these ``resources`` can run at a time."""
     found = [resources.get("CPU", 1.0) / max(options.get("num_cpus", 1.0), 0.1)]
     if options.get("num_gpus"):
         found.append(resources.get("GPU", 0.0) / options["num_gpus"])
     return int(min(found))
+
+
+class Room:
+    """Whether any node of the cluster can run what is asked for: Ray itself would wait for one without end.
+
+    Args:
+        options: ``num_cpus`` and ``num_gpus`` of one task or actor.
+    """
+
+    def __init__(self, options: Mapping[str, float]) -> None:
+        self._wanted = {"CPU": options.get("num_cpus", 1.0), "GPU": options.get("num_gpus", 0.0)}
+        self._found, self._since = False, time.monotonic()
+        # A cluster that others started may get nodes for what waits; one that this process started does not.
+        self._patience = NODE_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0
+        self._warned = False
+
+    def require(self) -> None:
+        """Nothing, once a node has been seen that is large enough; call it while something waits for a place.
+
+        Raises:
+            UsageError: none came within ``NODE_SECONDS``.
+        """
+        if self._found:
+            return
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._found = any(all(node.get(name, 0.0) >= each for name, each in self._wanted.items()) for node in nodes)
+        if self._found:
+            return
+        seen = ", ".join(sorted({_told_resources(node) for node in nodes}))
+        text = f"No node has {_told_resources(self._wanted)} for one worker; the nodes have {seen}."
+        if time.monotonic() - self._since >= self._patience:
+            raise UsageError(text, "Ask for fewer (cpus and gpus of the scheduling), or add such a node.")
+        if not self._warned:
+            log.warning("%s Waiting %.0f s for one to come.", text, self._patience)
+            self._warned = True
+
+
+def _told_resources(values: Mapping[str, float]) -> str:
+    return f"{values.get('CPU', 0.0):g} CPUs and {values.get('GPU', 0.0):g} GPUs"
 
 
 def _call(work: Callable[[T], Any], task: T) -> Any:

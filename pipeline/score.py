@@ -6,17 +6,20 @@ without touching the others.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import Finished, finished
-from pipeline.commits.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule
+from pipeline.commits.units import ActorPool, Failure, RunReport, SchedulingConfig, schedule, uses_ray
 from pipeline.corpus import Corpus
 from pipeline.documents import stamped, write_document
 from pipeline.layout import metric_facts_path
@@ -30,6 +33,32 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when the way a picture reaches a metric changes; part of every fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """The pool of actors that score on Ray."""
+
+    actors: int | str = ""
+    """How many: 4, or 1..4 for one at first and as many again, up to four, when all are busy and units wait. On this
+    machine unless RAY_ADDRESS is set. By default scheduling.workers, all at once."""
+    idle_seconds: float = 5.0
+    """An actor without work for so long gives its CPUs and GPUs back."""
+
+    def __post_init__(self) -> None:
+        self.range()
+        if self.idle_seconds < 0:
+            raise UsageError(f"scoring.idle_seconds {self.idle_seconds} is negative.")
+
+    def range(self) -> tuple[int, int] | None:
+        """Least and most actors; None where nothing is said."""
+        if self.actors == "":
+            return None
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(self.actors))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise UsageError(f"scoring.actors {self.actors!r} is no number and no range.", "Write 4, or 1..4.")
+        return least, most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +93,25 @@ class ScoreConfig:
     """How bytes become pixels; part of every fingerprint."""
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     """How many units at a time, and where. On Ray, workers are actors that keep their metrics from unit to unit,
-    each with scheduling.cpus and scheduling.gpus (parts such as 0.25 share a GPU); scheduling.workers is the most
-    there may be."""
-    min_actors: int = 1
-    """On Ray: actors that are started at once; more come while units wait."""
-    idle_seconds: float = 5.0
-    """On Ray: an actor without work for so long gives its CPUs and GPUs back."""
+    each with scheduling.cpus and scheduling.gpus (parts such as 0.25 share a GPU)."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How many actors there are, and for how long."""
 
     def __post_init__(self) -> None:
         if self.batch_pixels < 0:
             raise UsageError(f"batch_pixels {self.batch_pixels} is negative.")
         if not 0.0 <= self.max_failed <= 1.0:
             raise UsageError(f"max_failed {self.max_failed} is outside 0 to 1.")
-        if self.min_actors < 1 or self.idle_seconds < 0:
-            raise UsageError(
-                f"min_actors {self.min_actors} is below 1, or idle_seconds {self.idle_seconds} is negative."
-            )
-        if self.device.startswith("cuda") and self.scheduling.workers != 1 and not self.scheduling.gpus:
-            raise UsageError("Workers on cuda need scheduling.gpus.", "For example --scheduling.gpus 0.25.")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device {self.device!r} is neither cpu nor cuda.")
+        if self.scoring.actors and self.scheduling.workers != 1:
+            raise UsageError("scoring.actors and scheduling.workers say the same.", "Give one of them.")
         parse_cascade(self.cascade, self.metrics)
+
+    def pool(self) -> tuple[SchedulingConfig, ActorPool]:
+        """Where units are run, and by how many actors if that is Ray."""
+        least, most = self.scoring.range() or (0, self.scheduling.workers)
+        return replace(self.scheduling, workers=most), ActorPool(least=least, idle_seconds=self.scoring.idle_seconds)
 
     def plan(self) -> ScorePlan:
         """The part of it that workers need."""
@@ -119,6 +148,7 @@ def score(config: ScoreConfig) -> ScoreResult:
     start = time.monotonic()
     corpus = Corpus(config.corpus)
     manifest = corpus.manifest()
+    _require_device(config)
     declared = _declare(corpus, config)
     gates = parse_cascade(config.cascade, config.metrics)
     tasks = _tasks(manifest.units, _done(corpus, declared, config.metrics), gates)
@@ -142,6 +172,25 @@ def score(config: ScoreConfig) -> ScoreResult:
     )
 
 
+def _require_device(config: ScoreConfig) -> None:
+    """Check that there can be a CUDA device where the metrics run.
+
+    Raises:
+        UsageError: this process has none, or workers on Ray are given none.
+    """
+    scheduling, _ = config.pool()
+    if not config.device.startswith("cuda"):
+        return
+    if uses_ray(scheduling.workers):
+        if not scheduling.gpus:
+            raise UsageError("Workers on cuda need scheduling.gpus.", "For example --scheduling.gpus 0.25.")
+    elif not torch.cuda.is_available():
+        raise UsageError(
+            "device cuda: there is no CUDA device on this machine, or torch is its CPU build.",
+            "Use --device cpu, or workers of a cluster: RAY_ADDRESS and --scheduling.gpus.",
+        )
+
+
 def _run(
     config: ScoreConfig, work: UnitScorer, tasks: Sequence[ScoreTask], total: int, counts: dict[str, dict[str, Any]]
 ) -> None:
@@ -151,8 +200,7 @@ def _run(
         IncompleteError, PermanentError: as ``score``.
     """
     failures, committed = [], 0
-    pool = ActorPool(min=config.min_actors, idle_seconds=config.idle_seconds)
-    for task, outcome in schedule(iter(tasks), work, len(tasks), "score", config.scheduling, pool):
+    for task, outcome in schedule(iter(tasks), work, len(tasks), "score", *config.pool()):
         if outcome.value is None:
             failures.append(Failure(unit_id=task.unit_id, ordinal=task.ordinal, kind=outcome.kind, error=outcome.error))
             continue

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from iqpir.errors import IncompleteError
-from pipeline.cluster import SYSTEM_RETRIES, slots
+from pipeline.cluster import SYSTEM_RETRIES, Room, slots
 from pipeline.commits.units import LostWorkerError
 
 T = TypeVar("T")
@@ -61,7 +61,8 @@ def run_on_actors(
     Args:
         tasks: small descriptors; consumed as actors come free.
         work: picklable, sent to each actor once; its results must be small.
-        least: actors that are started at once and stay while tasks wait.
+        least: actors that are started at once. When all are up and tasks still wait, as many again are started; 0: all
+            at once.
         most: actors at a time; 0: as many as the cluster has room for.
         idle_seconds: an actor without a task for so long is ended.
         options: for Ray, such as ``num_cpus`` and ``num_gpus`` (parts are allowed) of one actor.
@@ -72,12 +73,13 @@ def run_on_actors(
         task, result and None; or task, None and the error of Ray (its actors died too often).
 
     Raises:
+        UsageError: no node can run such an actor.
         IncompleteError: actors die before they are ready.
         Exception: what ``work`` raised: errors that are values must be values already. ``LostWorkerError`` counts
             as the death of its actor.
     """
     # What ``run_on_ray`` keeps over what it may start at once is for tasks that wait; an actor would hold its place.
-    pool = _Pool[T](work, most or max(1, slots(options)), options)
+    pool = _Pool[T](work, most or max(1, slots(options, ray.cluster_resources())), options)
     queue: deque[_Job[T]] = deque()
     source, left = iter(tasks), True
     deadline: float | None = None
@@ -94,7 +96,7 @@ def run_on_actors(
                 deadline = deadline or time.monotonic() + grace
                 if time.monotonic() > deadline:
                     return
-            pool.grow(min(pool.most, max(len(queue) + len(pool.running), least if queue else 0)))
+            pool.grow(least, len(queue))
             pool.hand_out(queue)
             if not queue and not pool.running and not left:
                 return
@@ -116,10 +118,22 @@ class _Pool(Generic[T]):
         self._idle: list[tuple[Any, float]] = []
         self.running: dict[Any, tuple[Any, _Job[T]]] = {}
         self._failed_starts = 0
+        self._room = Room(options)
 
-    def grow(self, wanted: int) -> None:
-        """Start actors until there are ``wanted``."""
-        while len(self._starting) + len(self._idle) + len(self.running) < wanted:
+    @property
+    def actors(self) -> int:
+        """How many there are, those that start included."""
+        return len(self._starting) + len(self._idle) + len(self.running)
+
+    def grow(self, least: int, waiting: int) -> None:
+        """Start actors for tasks that wait: ``least`` at first, as many again when all are up; 0: all at once.
+
+        A short job stays small that way, and loads its weights in few places.
+        """
+        useful = min(self.most, len(self.running) + waiting)
+        if least:
+            useful = min(useful, self.actors if self._starting else max(least, 2 * self.actors))
+        while self.actors < useful:
             actor = self._class.remote(self._work)
             self._starting[actor.ready.remote()] = actor
 
@@ -143,6 +157,8 @@ class _Pool(Generic[T]):
 
     def finished(self, queue: deque[_Job[T]]) -> Iterator[tuple[T, Any, RayError | None]]:
         """Wait a little and yield what is done; a task whose actor died goes back into the queue."""
+        if self._starting and not self._idle and not self.running:
+            self._room.require()
         ready, _ = ray.wait([*self._starting, *self.running], num_returns=1, timeout=_POLL_SECONDS)
         for reference in ready:
             if reference in self._starting:

@@ -72,8 +72,8 @@ class SchedulingConfig:
 class ActorPool:
     """Run tasks in actors, which keep what they have loaded, ``SchedulingConfig.workers`` of them at most."""
 
-    min: int
-    """Actors that are started at once."""
+    least: int
+    """Actors that are started at once; more follow while units wait. 0: all that may be at once."""
     idle_seconds: float
     """An actor without a task for so long is ended."""
 
@@ -239,7 +239,7 @@ def schedule(
             done = run_on_actors(
                 tasks,
                 patient,
-                least=actors.min,
+                least=actors.least,
                 most=window,
                 idle_seconds=actors.idle_seconds,
                 options=options,

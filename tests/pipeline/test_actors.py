@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.commits.actors import run_on_actors
+from iqpir.errors import UsageError
+from pipeline.cluster import run_on_ray, slots
+from pipeline.commits.actors import _Pool, run_on_actors
 from pipeline.commits.units import LostWorkerError
 
 pytestmark = pytest.mark.slow
@@ -62,7 +65,7 @@ def _becomes_alone(patience: float = 90.0) -> bool:
 
 
 def _run(folder: Path, tasks: Iterable[Task], **changed: Any) -> list[tuple[Task, Any, Any]]:
-    options: dict[str, Any] = {"least": 1, "most": 2, "idle_seconds": 0.2, "grace": 5.0, "stop": lambda: False}
+    options: dict[str, Any] = {"least": 0, "most": 2, "idle_seconds": 0.2, "grace": 5.0, "stop": lambda: False}
     options |= {"options": {"num_cpus": 1.0}, **changed}
     return list(run_on_actors(tasks, Work(folder), **options))
 
@@ -78,6 +81,48 @@ def test_one_task_needs_one_actor_and_none_needs_none(tmp_path: Path, local_ray:
     assert _run(tmp_path, []) == []
     assert len(_run(tmp_path, [Task("only")], most=4)) == 1
     assert len(list(tmp_path.glob("loaded-*"))) == 1
+
+
+def test_a_pool_begins_small_and_doubles_when_all_are_up_and_tasks_wait(tmp_path: Path, local_ray: None) -> None:
+    pool = _Pool[Task](Work(tmp_path), 3, {"num_cpus": 1.0})
+    queue: deque[Any] = deque()
+    sizes = []
+    try:
+        for least, waiting in ((1, 0), (1, 9), (1, 9)):
+            pool.grow(least, waiting)
+            sizes.append(pool.actors)
+        for _ in range(2):
+            while pool._starting:
+                list(pool.finished(queue))
+            pool.grow(1, 9)
+            sizes.append(pool.actors)
+    finally:
+        pool.end()
+    assert sizes == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("arrives", [False, True], ids=["own cluster", "a cluster that may grow"])
+@pytest.mark.parametrize("actors", [False, True], ids=["tasks", "actors"])
+def test_what_no_node_can_run_is_said_and_not_waited_for(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, actors: bool, arrives: bool
+) -> None:
+    if arrives:
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr("pipeline.cluster.NODE_SECONDS", 1.5)
+    began = time.monotonic()
+    options: dict[str, Any] = {"options": {"num_cpus": 1.0, "num_gpus": 0.25}, "stop": lambda: False, "grace": 1.0}
+    with pytest.raises(UsageError, match=r"No node has 1 CPUs and 0\.25 GPUs .* have 4 CPUs and 0 GPUs"):
+        if actors:
+            _run(tmp_path, [Task("never")], **options)
+        else:
+            list(run_on_ray([Task("never")], Work(tmp_path), window=1, **options))
+    assert (time.monotonic() - began >= 1.5) is arrives
+
+
+def test_parts_of_a_gpu_make_room_for_several() -> None:
+    assert slots({"num_cpus": 1.0, "num_gpus": 0.25}, {"CPU": 16.0, "GPU": 1.0}) == 4
+    assert slots({"num_cpus": 6.0, "num_gpus": 0.25}, {"CPU": 16.0, "GPU": 1.0}) == 2
+    assert slots({"num_cpus": 0.5}, {"CPU": 4.0}) == 8
 
 
 def test_idle_actors_give_their_places_back_while_others_still_work(tmp_path: Path, local_ray: None) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from iqpir.errors import PermanentError, UsageError, VerificationError
 from iqpir.pixels import PixelPolicy
+from pipeline.command import parse
 from pipeline.commits.units import LostWorkerError, SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.gc import GcConfig, gc
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
-from pipeline.score import ScoreConfig, score
+from pipeline.score import ScoreConfig, ScoringConfig, _require_device, score
 from pipeline.scoring.batches import LoadedMetric, score_batch
 from pipeline.scoring.passes import Scoring, score_samples
 from pipeline.scoring.tables import read_scores
@@ -310,13 +311,40 @@ def test_a_score_is_the_same_alone_and_in_any_batch(name: str) -> None:
 @pytest.mark.slow
 def test_workers_on_ray_and_this_process_give_the_same_scores(tmp_path: Path, local_ray: None) -> None:
     tables = []
-    for name, workers in (("here", 0), ("ray", 2)):
+    for name, flag in (("here", "--scheduling.workers=0"), ("ray", "--scoring.actors=1..2")):
         corpus = drawn_corpus(tmp_path / name, count=2, unit_samples=4)
-        scheduling = SchedulingConfig(workers=workers)
-        score(ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], scheduling=scheduling))
+        score(parse(ScoreConfig, ["--corpus", corpus.storage.url, "--metrics=[rank]", flag], "score"))
         tables.append(_scores(corpus, "rank").drop_columns(["seconds"]).sort_by("key"))
     assert tables[0]["key"].equals(tables[1]["key"])
     np.testing.assert_allclose(tables[0]["raw"].to_numpy(), tables[1]["raw"].to_numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("said", "pool"), [("4", (4, 4)), (4, (4, 4)), ("1..4", (1, 4)), ("", (0, 1))])
+def test_how_many_actors_there_are_is_a_number_or_a_range(said: int | str, pool: tuple[int, int]) -> None:
+    scheduling, actors = ScoreConfig(corpus="c", scoring=ScoringConfig(actors=said)).pool()
+    assert (actors.least, scheduling.workers) == pool
+
+
+@pytest.mark.parametrize("said", ["0", "4..1", "1..", "many", -1])
+def test_a_range_of_actors_without_sense_is_refused(said: int | str) -> None:
+    with pytest.raises(UsageError, match=r"scoring\.actors"):
+        ScoringConfig(actors=said)
+    with pytest.raises(UsageError, match="say the same"):
+        ScoreConfig(corpus="c", scoring=ScoringConfig(actors=2), scheduling=SchedulingConfig(workers=2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has what the test lacks")
+def test_a_cuda_device_is_asked_for_where_the_metrics_run(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ScoreConfig(corpus=corpus.storage.url, metrics=["rank"], device="cuda", scheduling=ALONE)
+    with pytest.raises(UsageError, match="no CUDA device on this machine"):
+        score(here)
+    monkeypatch.setenv("RAY_ADDRESS", "nobody-is-asked:1")
+    there = dataclasses.replace(here, scheduling=SchedulingConfig(workers=1))
+    with pytest.raises(UsageError, match=r"need scheduling\.gpus"):
+        score(there)
+    _require_device(dataclasses.replace(there, scheduling=SchedulingConfig(workers=1, gpus=0.25)))
+    with pytest.raises(UsageError, match="neither cpu nor cuda"):
+        dataclasses.replace(here, device="gpu")
 
 
 def test_pictures_of_many_sizes_share_a_pass(tmp_path: Path) -> None:
