@@ -81,6 +81,9 @@ class EvaluateConfig:
     """Requested qualities that are measured beside those of the curve."""
     quality: float = 0.95
     """Requested quality of the restored pictures in the headline figures."""
+    fidelity: tuple[float, ...] = (0.0,)
+    """Weights of the fidelity modules (w), which need a model of stage 3. The first holds for all figures; at the
+    requested ``quality`` the others are measured beside it."""
     samples: int = 128
     """At most so many pictures, the first by the hash in their key."""
     fit: Fit = "exact"
@@ -101,6 +104,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if len(self.dial) < 3 or not all(0 <= value <= 1 for value in (*self.dial, *self.further, self.quality)):
             raise UsageError("dial needs three or more values; they, further and quality must be in [0, 1].")
+        if not self.fidelity or not all(0 <= value <= 1 for value in self.fidelity):
+            raise UsageError(f"fidelity {self.fidelity} needs one or more values in [0, 1].")
         if self.samples < 1:
             raise UsageError(f"samples {self.samples} is no positive number.")
 
@@ -129,6 +134,8 @@ class EvaluateResult:
     """PSNR and SSIM at each setting of the dial."""
     further: list[dict[str, float]] = field(default_factory=list)
     """Requested, and measured quality, PSNR and SSIM, of each of ``EvaluateConfig.further``."""
+    fidelity: list[dict[str, float]] = field(default_factory=list)
+    """Each of ``EvaluateConfig.fidelity``, and quality, PSNR and SSIM with it; one is not listed."""
     high_quality: dict[str, float] = field(default_factory=dict)
     """Of the pictures above the HQ+ threshold: how many, and quality, PSNR and SSIM of the restored ones."""
 
@@ -201,6 +208,8 @@ def _evaluated(config: EvaluateConfig, corpus: Corpus, view: View, directory: Pa
         identity["latents"] = config.latents
     if config.further:
         identity["further"] = list(config.further)
+    if config.fidelity != (0.0,):
+        identity["fidelity"] = list(config.fidelity)
     weights = str(found.metadata["weights_digest"])
     earlier = _earlier(output, digest(identity, 32), weights)
     if earlier is not None:
@@ -215,17 +224,24 @@ def _evaluated(config: EvaluateConfig, corpus: Corpus, view: View, directory: Pa
     settings = sorted({*config.dial, *config.further, config.quality})
     restored: dict[float, list[Picture]] = {}
     measured: dict[float, Measured] = {}
-    with progress(len(settings) + 2, "evaluate") as meter:
+    first, *others = config.fidelity
+    faithful: dict[float, Measured] = {}
+    with progress(len(settings) + len(others) + 2, "evaluate") as meter:
         bases = {}
         for name, pictures in (("lq", lq), ("hq", hq)):
             bases[name] = judge.measure(pictures)
             meter.advance(note=name)
         for setting in settings:
-            restored[setting] = list(restorer.restore_batch(lq, quality=setting))
+            restored[setting] = list(restorer.restore_batch(lq, quality=setting, fidelity=first))
             measured[setting] = judge.measure(restored[setting])
             meter.advance(note=f"dial {setting}")
+        for weight in others:
+            faithful[weight] = judge.measure(restorer.restore_batch(lq, quality=config.quality, fidelity=weight))
+            meter.advance(note=f"fidelity {weight}")
     good = _above_threshold(rows, view)
-    result = _result(config, bases, measured, digest(identity, 32), found, good, output.url, judges.names)
+    if others:
+        faithful = {first: measured[config.quality], **faithful}
+    result = _result(config, bases, measured, faithful, digest(identity, 32), found, good, output.url, judges.names)
     _write(output, result, weights, rows, lq, hq, [restored[setting] for setting in _shown(settings)])
     return result
 
@@ -291,6 +307,7 @@ def _result(
     config: EvaluateConfig,
     bases: Mapping[str, Measured],
     measured: Mapping[float, Measured],
+    faithful: Mapping[float, Measured],
     identity: str,
     found: checkpoint.Checkpoint,
     good: list[bool],
@@ -334,6 +351,7 @@ def _result(
             "ssim": [measured[setting].ssim for setting in config.dial],
         },
         further=[{"requested": setting, **measured[setting].means([True] * len(good))} for setting in config.further],
+        fidelity=[{"fidelity": weight, **value.means([True] * len(good))} for weight, value in faithful.items()],
         high_quality={"samples": float(sum(good)), **best.means(good)} if any(good) else {},
     )
 

@@ -1,7 +1,8 @@
 """Stage 3: fidelity. Encoder features correct the decoder, weighted by w; codes keep being learnt.
 
 Frozen: codebooks and generator. Trained: what stage 2 trains, and the fidelity modules. Picture losses reach
-the fidelity modules alone; losses against the codes reach the rest.
+the fidelity modules alone; losses against the codes reach the rest. Those ask each sample for its own quality:
+a dial that stage 2 has taught is unlearnt, unless the rest stays as it is (``trained: fidelity``, ours).
 Source: CodeFormer (arXiv 2206.11253), stage III, with the quality and both codebooks of IQPIR.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from iqpir.errors import UsageError
 from iqpir.losses import Perceptual
+from iqpir.networks.fidelity import keep_tones
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.stages.adversary import (
@@ -39,7 +41,10 @@ from iqpir.training.optimiser import OptimiserConfig, apply_gradients, build_opt
 from iqpir.training.precision import FP32, PrecisionConfig, prepare
 from iqpir.training.state import TrainState
 
-TRAINED = (*STAGE2_TRAINED, "fuse_convs_dict")
+TRAINED: dict[str, tuple[str, ...]] = {
+    "all": (*STAGE2_TRAINED, "fuse_convs_dict"),
+    "fidelity": ("fuse_convs_dict",),
+}
 
 
 def _published_rate() -> OptimiserConfig:
@@ -52,8 +57,11 @@ class Stage3Config:
 
     optimiser: OptimiserConfig = field(default_factory=_published_rate)
     """Of everything that is trained but the discriminator."""
+    trained: Literal["all", "fidelity"] = "all"
+    """What learns: ``all`` as published; ``fidelity`` (ours): the fidelity modules alone, and what stage 2 has taught,
+    its dial too, stays as it is."""
     codes: CodeLossConfig = field(default_factory=CodeLossConfig)
-    """Weights of the losses against the right codes."""
+    """Weights of the losses against the right codes; with ``trained: fidelity`` they are reported only."""
     pixel_weight: float = 1.0
     """Weight of the mean absolute difference."""
     perceptual_weight: float = 1.0
@@ -84,6 +92,11 @@ class Stage3Config:
             raise UsageError("first_fidelity, second_fidelity and fidelity_every must be positive.")
         if min(self.first_steps, self.second_steps, self.code_steps) < 0:
             raise UsageError("Phases of stage 3 must not have a negative number of steps.")
+        if self.trained == "fidelity" and (self.code_steps > 0 or self.fidelity_every > 1):
+            raise UsageError(
+                "trained is fidelity: steps without it would train nothing.",
+                "Set code_steps to 0, fidelity_every to 1.",
+            )
 
     def fidelity_at(self, step: int) -> float:
         """w of step ``step``, from 0; 0 means codes alone."""
@@ -168,7 +181,7 @@ class Stage3:
         self.distributed.synchronise(network)
         if self.teacher is not None:
             require_same_codebooks(self.teacher, network)
-        freeze_except(network, TRAINED)
+        freeze_except(network, TRAINED[self.config.trained])
         state = TrainState(
             network=network,
             ema=Ema(network, self.config.ema_decay, warmup=self.config.ema_warmup),
@@ -202,12 +215,14 @@ class Stage3:
             for parameter in state.network.fuse_convs_dict.parameters():
                 parameter.grad = None
         else:
-            values |= self._backward_pictures(state, restored.float(), batch.hq, code_total)
+            # As inference gives it: else the modules would learn what the input's tones undo.
+            restored = keep_tones(restored.float(), batch.degraded, state.network.config.tones)
+            values |= self._backward_pictures(state, restored, batch.hq, code_total)
         apply_gradients(self.config.optimiser, state.optimisers["network"], state.step)
         state.ema.update(state.step)
         if restored is not None and self.config.adversary.active_at(state.step):
             values["discriminator_loss"] = train_discriminator(
-                state, self.config.adversary, batch.hq, restored.float(), self.precision
+                state, self.config.adversary, batch.hq, restored, self.precision
             )
         found = predicted.codes
         count_codes(state, found)
@@ -235,7 +250,7 @@ class Stage3:
         losses = balanced_backward(
             restored,
             wanted,
-            code_total,
+            code_total if self.config.trained == "all" else None,
             self.objective,
             critic=critic_at(state, self.config.adversary, self.precision),
             balance=last_fidelity_weight(state.network),

@@ -16,13 +16,14 @@ from mlflow.entities import Run
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import decode
+from iqpir.stages.stage3 import Stage3Config
 from pipeline.corpus import Corpus
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
 from pipeline.stage1 import train_stage1
 from pipeline.stage2 import train_stage2
-from pipeline.stage3 import Stage3Training
+from pipeline.stage3 import Stage3Training, train_stage3
 from pipeline.stage3 import prepare as prepare_stage3
 from pipeline.training.config import Training, TrainResult
 from pipeline.training.prior import PriorConfig, build_prior
@@ -155,14 +156,48 @@ def test_stage2_is_bound_to_its_stage1_and_codes(chain: Chain, stage2: TrainResu
     assert len(lineage["codes"]) == 64 and lineage["prior"] == "rank"
 
 
-def test_stage3_says_which_metrics_the_prior_of_its_stage2_had(chain: Chain, stage2: TrainResult) -> None:
-    """Evaluation takes from the lineage which metrics are in the loss."""
+def stage3_settings(chain: Chain, stage2: TrainResult) -> Stage3Training:
     before = chain.data.stage2("stage2", chain.stage1.run)
     common = {field.name: getattr(before, field.name) for field in dataclasses.fields(Training)}
-    settings = Stage3Training(**{**common, "name": "stage3"}, stage2=stage2.run, perceptual="ssim")
+    stage = Stage3Config(trained="fidelity", code_steps=0, fidelity_every=1)
+    changes = {"name": "stage3", "steps": 2, "degradation": "tiny32", "perceptual": "ssim", "stage": stage}
+    return Stage3Training(**{**common, **changes}, stage2=stage2.run)
+
+
+def test_stage3_says_which_metrics_the_prior_of_its_stage2_had(chain: Chain, stage2: TrainResult) -> None:
+    """Evaluation takes from the lineage which metrics are in the loss."""
     corpus = Corpus(chain.data.corpus)
-    lineage = prepare_stage3(settings, corpus, read_view(corpus, chain.data.view)).lineage
+    view = read_view(corpus, chain.data.view)
+    lineage = prepare_stage3(stage3_settings(chain, stage2), corpus, view).lineage
     assert lineage["prior"] == "rank" and lineage["stage2"] == metadata(stage2)["weights_digest"]
+
+
+@pytest.mark.slow
+def test_fidelity_is_evaluated_where_stage_3_has_trained_it(chain: Chain, stage2: TrainResult, tmp_path: Path) -> None:
+    stage3 = train_stage3(stage3_settings(chain, stage2))
+    settings = EvaluateConfig(
+        corpus=chain.data.corpus,
+        view=chain.data.view,
+        checkpoint=stage3.run,
+        output=str(tmp_path / "plain"),
+        dial=(0.05, 0.5, 0.95),
+        samples=4,
+        track=False,
+    )
+    plain = evaluate(settings)
+    assert plain.metrics["rank"]["in_loss"] is True and plain.fidelity == []
+    several = evaluate(dataclasses.replace(settings, output=str(tmp_path / "several"), fidelity=(0.0, 1.0)))
+    assert [row["fidelity"] for row in several.fidelity] == [0.0, 1.0]
+    assert several.psnr == plain.psnr and several.dial == plain.dial and several.digest != plain.digest
+    first, second = several.fidelity
+    assert first["psnr"] == several.psnr["restored"] != second["psnr"]
+    one = evaluate(dataclasses.replace(settings, output=str(tmp_path / "one"), fidelity=(1.0,)))
+    assert one.psnr["restored"] == second["psnr"] and one.dial != plain.dial
+    with pytest.raises(UsageError, match="needs what stage 3 trains"):
+        refused = dataclasses.replace(settings, checkpoint=stage2.run, output=str(tmp_path / "no"), fidelity=(1.0,))
+        evaluate(refused)
+    with pytest.raises(UsageError, match="one or more values"):
+        dataclasses.replace(settings, fidelity=())
 
 
 def test_codes_of_another_stage1_are_refused(chain: Chain) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -18,8 +18,10 @@ from iqpir.stages.batch import Batch
 from iqpir.stages.dial import draw_jitter, jittered, own_quality, random_wish
 from iqpir.stages.stage1 import Stage1
 from iqpir.stages.stage2 import Stage2, Stage2Config
+from iqpir.stages.stage3 import Stage3, Stage3Config
 from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.order import sample_at
+from iqpir.training.state import TrainState
 
 
 def test_only_chosen_samples_are_asked_for_something_else() -> None:
@@ -107,20 +109,29 @@ def stage_1(tiny: ModuleType) -> RestorationNetwork:
     return state.ema.module
 
 
-def measured(network: RestorationNetwork, tiny: ModuleType, prior: nn.Module) -> list[float]:
+def measured(network: RestorationNetwork, tiny: ModuleType, prior: nn.Module, fidelity: float = 0.0) -> list[float]:
     """Quality of restored unseen pictures when asked for 0.35, 0.45, ... 0.85."""
     batch = textured(tiny, torch.arange(100, 132))
     with torch.no_grad():
         return [
-            prior(to_unit_range(network(batch.lq, torch.full((32,), 0.35 + 0.1 * step)))).mean().item()
+            prior(to_unit_range(network(batch.lq, torch.full((32,), 0.35 + 0.1 * step), fidelity))).mean().item()
             for step in range(6)
         ]
 
 
-@pytest.mark.slow
-def test_measured_quality_rises_with_the_dial_once_it_is_taught(tiny: ModuleType) -> None:
-    teacher, prior = stage_1(tiny), tiny.Sharpness()
-    taught = Stage2Config(
+@dataclass(frozen=True)
+class Taught:
+    """Networks of stage 1, and of stage 2 with wishes and without."""
+
+    teacher: RestorationNetwork
+    with_dial: RestorationNetwork
+    without: RestorationNetwork
+
+
+@pytest.fixture(scope="module")
+def taught(tiny: ModuleType) -> Taught:
+    teacher = stage_1(tiny)
+    wishes = Stage2Config(
         optimiser=tiny.RATE,
         quality_grad="logits",
         quality_target="match",
@@ -128,14 +139,59 @@ def test_measured_quality_rises_with_the_dial_once_it_is_taught(tiny: ModuleType
         dial_fraction=0.5,
         ema_decay=0.95,
     )
-    curves = []
-    for config in (taught, replace(taught, dial_fraction=0.0)):
-        stage = Stage2(config, quality_prior=prior, teacher=copy.deepcopy(teacher))
-        state = stage.initial_state(copy.deepcopy(teacher), seed=2)
-        for state.step in range(300):
-            stage.step(state, textured(tiny, drawn(state.step)))
-        curves.append(measured(state.ema.module, tiny, prior))
-    with_dial, without = curves
-    assert with_dial[-1] - with_dial[0] > 0.2, curves
-    assert all(later > earlier - 0.02 for earlier, later in itertools.pairwise(with_dial)), curves
-    assert without[-1] - without[0] < 0.1, curves
+    networks = []
+    for config in (wishes, replace(wishes, dial_fraction=0.0)):
+        stage = Stage2(config, quality_prior=tiny.Sharpness(), teacher=copy.deepcopy(teacher))
+        networks.append(trained(tiny, stage, stage.initial_state(copy.deepcopy(teacher), seed=2), 300))
+    return Taught(teacher, *networks)
+
+
+def trained(tiny: ModuleType, stage: Stage2 | Stage3, state: TrainState, steps: int) -> RestorationNetwork:
+    for state.step in range(steps):
+        stage.step(state, textured(tiny, drawn(state.step)))
+    return state.ema.module
+
+
+@pytest.mark.slow
+def test_measured_quality_rises_with_the_dial_once_it_is_taught(tiny: ModuleType, taught: Taught) -> None:
+    with_dial, without = (measured(network, tiny, tiny.Sharpness()) for network in (taught.with_dial, taught.without))
+    assert with_dial[-1] - with_dial[0] > 0.2, with_dial
+    assert all(later > earlier - 0.02 for earlier, later in itertools.pairwise(with_dial)), with_dial
+    assert without[-1] - without[0] < 0.1, without
+
+
+def psnr(network: RestorationNetwork, tiny: ModuleType, fidelity: float) -> float:
+    """Mean over unseen pictures, asked for more quality than most originals have."""
+    batch = textured(tiny, torch.arange(100, 132))
+    with torch.no_grad():
+        restored = network(batch.lq, torch.full((32,), 0.85), fidelity).clamp(-1, 1)
+    return float((-10 * torch.log10(((restored - batch.hq) / 2).square().mean(dim=(1, 2, 3)))).mean())
+
+
+@pytest.mark.slow
+def test_stage_3_brings_fidelity_and_keeps_the_dial_where_it_trains_nothing_else(
+    tiny: ModuleType, taught: Taught
+) -> None:
+    """Losses against codes, which the published stage 3 goes on with, unlearn the dial."""
+    config = Stage3Config(
+        trained="fidelity",
+        optimiser=tiny.RATE,
+        perceptual_weight=0.0,
+        adversary=AdversaryConfig(weight=0.0),
+        code_steps=0,
+        fidelity_every=1,
+        ema_decay=0.9,
+    )
+    before = measured(taught.with_dial, tiny, tiny.Sharpness())
+    found = []
+    for settings in (config, replace(config, trained="all")):
+        stage = Stage3(settings, teacher=copy.deepcopy(taught.teacher))
+        found.append(trained(tiny, stage, stage.initial_state(copy.deepcopy(taught.with_dial), seed=3), 60))
+    alone, everything = found
+    assert psnr(alone, tiny, 1.0) > psnr(alone, tiny, 0.5) + 0.5 > psnr(alone, tiny, 0.0) + 1.0
+    assert measured(alone, tiny, tiny.Sharpness()) == before, "w = 0 is what it was"
+    faithful = measured(alone, tiny, tiny.Sharpness(), 1.0)
+    assert all(later > earlier - 0.02 for earlier, later in itertools.pairwise(faithful)), faithful
+    assert 0.1 < faithful[-1] - faithful[0] < before[-1] - before[0]
+    unlearnt = measured(everything, tiny, tiny.Sharpness())
+    assert unlearnt[-1] - unlearnt[0] < 0.5 * (before[-1] - before[0])

@@ -1,11 +1,14 @@
 """Stage 3: its phases, and that picture losses train the fidelity modules alone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
+from iqpir.errors import UsageError
+from iqpir.networks.fidelity import keep_tones
 from iqpir.stages.code_targets import CodeLossConfig
 from iqpir.stages.stage3 import Stage3, Stage3Config, last_fidelity_weight
 from iqpir.training.state import TrainState
@@ -117,3 +120,34 @@ def test_variants_train_with_and_without_fidelity(tiny: ModuleType, network: dic
         assert ("pixel_loss" in values) == (state.step == 2)
     assert not torch.equal(last_fidelity_weight(state.network), fused)
     assert all(torch.equal(state.network.state_dict()[key], value) for key, value in frozen.items())
+
+
+def test_fidelity_alone_leaves_everything_else_as_it_is(tiny: ModuleType) -> None:
+    stage, state = started(tiny, trained="fidelity", code_steps=0, fidelity_every=1)
+    before = {key: value.clone() for key, value in state.network.state_dict().items()}
+    for state.step in range(3):
+        values = stage.step(state, tiny.batch(torch.arange(1, 5)))
+    assert values["pixel_loss"] > 0 and values["common_code_loss"] > 0, "losses against codes are reported"
+    for key, value in state.network.state_dict().items():
+        assert torch.equal(value, before[key]) != key.startswith("fuse_convs_dict"), key
+    for refused in ({"code_steps": 1, "fidelity_every": 1}, {"code_steps": 0, "fidelity_every": 2}):
+        with pytest.raises(UsageError, match="would train nothing"):
+            Stage3Config(trained="fidelity", **refused)  # type: ignore[arg-type]
+
+
+def test_the_judged_picture_keeps_the_tones_that_inference_keeps(tiny: ModuleType) -> None:
+    """With the window of a whole picture its mean is the input's, however wrong the generator's is."""
+    seen: list[torch.Tensor] = []
+
+    def perceptual(restored: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        seen.append(restored.detach())
+        return tiny.smooth_l2(restored, wanted)
+
+    batch = tiny.batch(torch.arange(1, 5))
+    for tones in (0, 8):
+        stage, state = started(tiny, {"tones": tones})
+        stage.objective = replace(stage.objective, perceptual=perceptual)
+        stage.step(state, batch)
+    plain, toned = seen
+    torch.testing.assert_close(toned, keep_tones(plain, batch.degraded, 8))
+    assert not torch.allclose(toned, plain, atol=0.01)
