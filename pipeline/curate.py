@@ -22,7 +22,7 @@ from pipeline.corpus import Corpus
 from pipeline.dedup import read_dedup
 from pipeline.documents import stamped, unstamped
 from pipeline.duplicates.clusters import Forest
-from pipeline.label import read_label_index, read_labels
+from pipeline.label import labels_facts, read_label_index, read_labels
 from pipeline.layout import SAMPLE_REFERENCE, to_json, to_parquet, view_path
 from pipeline.view import view_digest
 
@@ -105,8 +105,7 @@ def curate(config: CurateConfig) -> CurateResult:
         "where": config.where,
         "holdout": config.holdout,
         "seed": config.seed,
-        "labels": config.labels,
-        "labels_digest": index["digest"],
+        **labels_facts(index),
         "metrics": index["metrics"],
         "calibration": index["calibration"],
         "calibration_name": index["calibration_name"],

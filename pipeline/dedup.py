@@ -24,7 +24,7 @@ from pipeline.documents import in_threads, write_document
 from pipeline.duplicates.clusters import Rows
 from pipeline.duplicates.hashes import hash_corpus
 from pipeline.duplicates.samples import Keys, LikenessPolicy, join_samples, loaded_hashes
-from pipeline.label import NAME, read_label_index, read_labels
+from pipeline.label import NAME, labels_facts, read_label_index, read_labels
 from pipeline.layout import DEDUP, ObjectRef, dedup_index_path, dedup_path
 from pipeline.scoring.tables import read_table
 
@@ -118,7 +118,7 @@ def dedup(config: DedupConfig) -> DedupResult:
         "unhashed": unhashed,
         "flat": flat,
     }
-    index = _write(corpus, config, {**rows, "hashes": fingerprint, **_judged(labels)}, table)
+    index = _write(corpus, config, {**rows, "hashes": fingerprint, **(labels_facts(labels) if labels else {})}, table)
     return DedupResult(corpus=corpus.storage.url, name=config.name, digest=str(index["digest"]), **rows)
 
 
@@ -185,10 +185,6 @@ def _stays(kept: Rows, keep: Keep) -> NDArray[np.bool_]:
 
 def _text(keys: Keys) -> pa.Array:
     return pa.array(np.char.decode(keys, "ascii").tolist() if len(keys) else [], pa.string())
-
-
-def _judged(labels: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {} if labels is None else {"labels": labels["name"], "labels_digest": labels["digest"]}
 
 
 def _write(corpus: Corpus, config: DedupConfig, facts: Mapping[str, Any], table: pa.Table) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def demo(config: DemoConfig) -> DemoResult:
     """
     started = time.monotonic()
     pictures = config.input or scikit_image_pictures(f"{config.folder}/pictures")
-    corpus, runs = f"{config.folder}/corpus", f"{config.folder}/runs"
+    corpus = f"{config.folder}/corpus"
     tracking = tracking_location(config.tracking_uri, config.folder)
     steps = Steps(config.recipe)
     steps.run(shard, ShardConfig, input=pictures, corpus=corpus)
@@ -144,7 +144,7 @@ def demo(config: DemoConfig) -> DemoResult:
     steps.run(score, ScoreConfig, corpus=corpus)
     steps.run(label, LabelConfig, corpus=corpus)
     view = steps.run(curate, CurateConfig, corpus=corpus).view
-    training = {"corpus": corpus, "view": view, "runs": runs, "tracking_uri": tracking}
+    training = {"corpus": corpus, "view": view, "runs": runs_of(config.folder, view), "tracking_uri": tracking}
     stage1 = steps.run(train_stage1, Stage1Training, **training).run
     steps.run(encode, EncodeConfig, corpus=corpus, stage1=stage1)
     stage2 = steps.run(train_stage2, Stage2Training, **training, stage1=stage1)
@@ -198,6 +198,12 @@ def demo(config: DemoConfig) -> DemoResult:
         step_seconds=steps.seconds,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def runs_of(folder: str, view: str) -> str:
+    """Folder for the trainings on a view: names in the recipe are taken by those on the former version."""
+    version = int(view.rpartition("@v")[2])
+    return f"{folder}/runs" if version == 1 else f"{folder}/runs/v{version:04d}"
 
 
 def scikit_image_pictures(folder: str) -> str:

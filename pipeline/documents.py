@@ -1,7 +1,7 @@
 """Read and write the documents, tables and files of a corpus, many at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,7 +112,11 @@ def write_document(storage: Storage, path: str, values: Mapping[str, Any]) -> di
 
 
 def publish_table(
-    storage: Storage, table: pa.Table, path: Callable[[str], str], metadata: Mapping[str, str] | None = None
+    storage: Storage,
+    table: pa.Table,
+    path: Callable[[str], str],
+    metadata: Mapping[str, str] | None = None,
+    present: Container[str] = (),
 ) -> ObjectRef:
     """Store a table under a name made from its sha256.
 
@@ -121,10 +125,12 @@ def publish_table(
         table: the rows.
         path: sha256 -> path.
         metadata: for the Parquet footer.
+        present: paths that are there, named by a document: what has one of them is not stored again.
     """
     data = to_parquet(table, metadata)
     sha256 = sha256_hex(data)
-    storage.publish(path(sha256), data)
+    if path(sha256) not in present:
+        storage.publish(path(sha256), data)
     return ObjectRef(path=path(sha256), bytes=len(data), sha256=sha256, rows=table.num_rows)
 
 

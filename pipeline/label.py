@@ -1,9 +1,10 @@
 """Turn scores into labels: calibrated scores, their consensus (the quality), its bin, and the HQ+ flag."""
 
+import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from iqpir.config import digest
 from iqpir.errors import UsageError
 from pipeline.corpus import Corpus
-from pipeline.documents import in_threads, write_document
+from pipeline.documents import in_threads, publish_table, write_document
 from pipeline.layout import ObjectRef, label_schema, labels_index_path, labels_path
 from pipeline.scoring.calibration import (
     BELOW_ONE,
@@ -92,6 +93,8 @@ class LabelResult:
 
     corpus: str
     name: str
+    version: int
+    """Of the labels: 2 and more are those of a corpus that has grown."""
     calibration: str
     """Name of the calibration."""
     calibration_digest: str
@@ -127,21 +130,29 @@ def label_or_check(config: LabelConfig) -> LabelResult | DriftResult:
 def label(config: LabelConfig) -> LabelResult:
     """Label every scored sample. The same scores and configuration give the same labels.
 
+    A corpus that has grown since gets the next version of its labels, by the calibration, threshold and bins that the
+    first one froze; no table of a former version is touched.
+
     Raises:
-        UsageError: unknown scores, or the name is taken by other labels.
+        UsageError: unknown scores, or the name is taken by labels of other metrics or settings.
         IncompleteError: a metric has not scored every unit.
         VerificationError: a table of scores is damaged.
     """
     corpus = Corpus(config.corpus)
     facts = {metric: read_metric_facts(corpus, metric, config.fingerprints) for metric in config.metrics}
+    former = _newest(corpus, config.name)
     scores = read_scores(corpus, facts)
     raw = {metric: np.concatenate([unit.raw[metric] for unit in scores]) for metric in config.metrics}
     skipped = _skipped(scores)
-    calibration = _calibration(corpus, config, raw, facts, skipped)
+    if former is None:
+        calibration = _calibration(corpus, config, raw, facts, skipped)
+    else:
+        calibration = _frozen(corpus, config, former, facts)
     quality = quality_of(calibration, raw)
-    threshold = _threshold(str(config.hq_threshold), quality)
+    threshold = _threshold(str(config.hq_threshold), quality) if former is None else float(former["hq_threshold"])
     histogram = np.bincount(bins_of(quality[np.isfinite(quality)], config.bins), minlength=config.bins)
-    objects = _publish(corpus, config, calibration, scores, threshold)
+    present = {reference["path"] for reference in (former or {}).get("objects", ())}
+    objects = _publish(corpus, config, calibration, scores, threshold, present)
     index = {
         "name": config.name,
         "metrics": {metric: found["fingerprint"] for metric, found in facts.items()},
@@ -158,12 +169,7 @@ def label(config: LabelConfig) -> LabelResult:
         "histogram": [int(count) for count in histogram],
         "objects": [reference.to_dict() for reference in objects],
     }
-    stored = write_document(corpus.storage, labels_index_path(config.name), {**index, "digest": digest(index)})
-    if stored["digest"] != digest(index):
-        raise UsageError(
-            f"The corpus has other labels called {config.name} (from other scores, samples or settings).",
-            "Choose another name; reuse keeps the scale of the former ones.",
-        )
+    version = _write_index(corpus, index, former)
     if index["unlabelled"]:
         cause = f"a metric failed on {int((~np.isfinite(quality)).sum() - skipped.sum())} of them"
         if skipped.any():
@@ -172,6 +178,7 @@ def label(config: LabelConfig) -> LabelResult:
     return LabelResult(
         corpus=corpus.storage.url,
         name=config.name,
+        version=version,
         calibration=calibration.name,
         calibration_digest=calibration.digest,
         hq_threshold=threshold,
@@ -183,22 +190,108 @@ def label(config: LabelConfig) -> LabelResult:
     )
 
 
+def _write_index(corpus: Corpus, index: Mapping[str, Any], former: Mapping[str, Any] | None) -> int:
+    """Store an index as the next version, or find that the newest one is it; the version.
+
+    Raises:
+        UsageError: another process has just labelled otherwise.
+    """
+    version = 1
+    if former is not None:
+        version = version_of(former)
+        if {key: value for key, value in former.items() if key not in _OF_VERSION} == json.loads(json.dumps(index)):
+            return version
+        version += 1
+        index = {**index, "version": version, "grown_from": former["digest"]}
+        log.info("labels %s: version %d, by the frozen calibration %s", index["name"], version, index["calibration"])
+    own = digest(index)
+    stored = write_document(corpus.storage, labels_index_path(str(index["name"]), version), {**index, "digest": own})
+    if stored["digest"] != own:
+        raise UsageError(
+            f"The labels {index['name']} were made by another process meanwhile, from other scores or settings.",
+            "Run the command again.",
+        )
+    return version
+
+
+def _frozen(
+    corpus: Corpus, config: LabelConfig, former: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]
+) -> Calibration:
+    """The calibration of the labels that have the name, for more samples.
+
+    Raises:
+        UsageError: those were made by other metrics or settings.
+    """
+    calibration = read_calibration(corpus, str(former["calibration_name"]))
+    theirs: dict[str, Any] = {
+        "metrics": former["metrics"],
+        "bins": former["bins"],
+        "hq_threshold": former["hq_threshold_rule"],
+    }
+    ours: dict[str, Any] = {
+        "metrics": {metric: found["fingerprint"] for metric, found in facts.items()},
+        "bins": config.bins,
+        "hq_threshold": str(config.hq_threshold),
+    }
+    if config.reuse:
+        theirs["reuse"], ours["reuse"] = calibration.name, config.reuse
+    elif calibration.name == config.name:
+        (kind,) = {found.kind for found in calibration.metrics.values()}
+        knots = calibration.reference.get("knots", config.knots)
+        theirs |= {"calibration": kind, "consensus": calibration.consensus is not None, "knots": knots}
+        ours |= {"calibration": config.calibration, "consensus": config.consensus, "knots": config.knots}
+    else:
+        theirs["reuse"], ours["reuse"] = calibration.name, ""
+    different = [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
+    if different:
+        raise UsageError(
+            f"The corpus has labels called {config.name} with {'; '.join(different)}.",
+            "Labels and calibrations are frozen: choose another name; --reuse keeps the scale of the former ones.",
+        )
+    return calibration
+
+
+_OF_VERSION = ("digest", "version", "grown_from")
+"""What two versions of an index differ in although they say the same."""
+
+
+def version_of(index: Mapping[str, Any]) -> int:
+    """Number of a set of labels under its name, from 1."""
+    return int(index.get("version", 1))
+
+
+def labels_facts(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document that was made from labels says of them."""
+    facts = {"labels": index["name"], "labels_digest": index["digest"]}
+    return facts if version_of(index) == 1 else {**facts, "labels_version": version_of(index)}
+
+
 def read_label_index(corpus: Corpus, name: str) -> dict[str, Any]:
-    """What the labels called ``name`` were made from, and their objects.
+    """What the newest labels called ``name`` were made from, and their objects.
 
     Raises:
         UsageError: there are none; the message lists those there are.
     """
-    try:
-        index: dict[str, Any] = json.loads(corpus.storage.read(labels_index_path(name)))
-    except FileNotFoundError as error:
+    index = _newest(corpus, name)
+    if index is None:
         corpus.manifest()  # where there is no corpus, that is the first thing to say
         known = sorted({entry.path.split("/")[1] for entry in corpus.storage.list("labels")})
         raise UsageError(
             f"The corpus {corpus.storage.url} has no labels {name!r}.",
             f"Known: {', '.join(known) or 'none'}; jobs/label.py makes some.",
-        ) from error
+        )
     return index
+
+
+def _newest(corpus: Corpus, name: str) -> dict[str, Any] | None:
+    """By asking for one version after the other: there are few, and a listing would name every unit's table."""
+    newest = None
+    for version in itertools.count(1):
+        try:
+            newest = json.loads(corpus.storage.read(labels_index_path(name, version)))
+        except FileNotFoundError:
+            break
+    return newest
 
 
 def read_labels(corpus: Corpus, index: Mapping[str, Any]) -> pa.Table:
@@ -231,6 +324,7 @@ def _calibration(
         reference = {
             "manifest": corpus.manifest().digest,
             "samples": len(next(iter(raw.values()))),
+            "knots": config.knots,
             **_skipped_facts(skipped),
         }
         calibration = fit_calibration(
@@ -295,15 +389,18 @@ def _publish(
     calibration: Calibration,
     scores: list[UnitScores],
     threshold: float,
+    present: Container[str],
 ) -> list[ObjectRef]:
-    """Store one label table per unit."""
+    """Store one label table per unit; those of a former version are ``present``."""
     footer = {"labels": config.name, "calibration": calibration.digest, "hq_threshold": repr(threshold)}
 
     def store(unit: UnitScores) -> ObjectRef:
-        return corpus.publish_table(
+        return publish_table(
+            corpus.storage,
             _label_table(unit, calibration, threshold, config.bins),
             lambda sha256: labels_path(config.name, unit.unit.ordinal, sha256),
             footer,
+            present,
         )
 
     return in_threads(store, scores)

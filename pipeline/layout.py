@@ -8,7 +8,7 @@
     samples/000012-<sha12>.parquet                     one row per input: success, rejected_* or failed_*
     scores/<metric>/<fingerprint>/000012-<sha12>.parquet + _metric.json
     codes/<stage-1 digest>/000012-<sha12>.parquet
-    labels/<name>/000012-<sha12>.parquet + _labels.json, calibrations/<name>.json
+    labels/<name>/000012-<sha12>.parquet + _labels.json (_labels-0002.json ...), calibrations/<name>.json
     hashes/<fingerprint>/000012-<sha12>.parquet
     dedup/<name>/000012-<sha12>.parquet + _dedup.json
     views/<name>/v0001.parquet + .json
@@ -265,9 +265,9 @@ def labels_path(name: str, ordinal: int, sha256: str) -> str:
     return f"labels/{name}/{ordinal:06d}-{sha256[:12]}.parquet"
 
 
-def labels_index_path(name: str) -> str:
-    """What a set of labels was made from, and its objects."""
-    return f"labels/{name}/_labels.json"
+def labels_index_path(name: str, version: int = 1) -> str:
+    """What a set of labels was made from, and its objects; labels of a grown corpus are a further version."""
+    return f"labels/{name}/_labels.json" if version == 1 else f"labels/{name}/_labels-{version:04d}.json"
 
 
 def hashes_path(fingerprint: str, ordinal: int, sha256: str) -> str:

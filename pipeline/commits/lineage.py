@@ -116,7 +116,9 @@ class Lineage:
         return found
 
     def _parents(self, path: str, values: Document) -> Iterator[str]:
-        wanted = [(labels_index_path(str(values.get("labels"))), values.get("labels_digest"))]
+        labels = labels_index_path(str(values.get("labels")), int(values.get("labels_version", 1)))
+        grown = labels_index_path(str(values.get("name")), int(values.get("version", 1)) - 1)
+        wanted = [(labels, values.get("labels_digest")), (grown, values.get("grown_from"))]
         wanted.append((dedup_index_path(str(values.get("dedup"))), values.get("dedup_digest")))
         wanted.append((calibration_path(str(values.get("calibration_name"))), values.get("calibration")))
         for parent, expected in wanted:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.demo import shortfalls, show
+from pipeline.demo import runs_of, shortfalls, show
 from pipeline.evaluate import EvaluateResult
 from tests.chain import write_pictures
 
@@ -133,3 +133,7 @@ def test_the_rows_of_the_table_are_measured(capsys: pytest.CaptureFixture[str]) 
     show(evaluated(), "models:/iqpir/1", "report.html", "sqlite:///mlflow.db")
     (row,) = [line for line in capsys.readouterr().err.splitlines() if "dial 0.1" in line]
     assert [word for word in row.split() if word[0].isdigit()] == ["0.1", "0.123", "24.56", "0.789"]
+
+
+def test_trainings_on_a_grown_view_have_a_folder_of_their_own() -> None:
+    assert runs_of("demo", "crops@v0001") == "demo/runs" and runs_of("demo", "crops@v0012") == "demo/runs/v0012"

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from PIL import Image
 
 from iqpir.errors import IncompleteError, UsageError, VerificationError
 from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
+from pipeline.curate import CurateConfig, curate
 from pipeline.label import LabelConfig, LabelResult, label, read_label_index, read_labels
-from pipeline.layout import from_parquet, label_schema, scores_path
+from pipeline.layout import from_parquet, label_schema, labels_index_path, scores_path
 from pipeline.score import ScoreConfig, score
 from pipeline.scoring.calibration import read_calibration
-from tests.pipeline.drawn_corpus import drawn_corpus
+from pipeline.shard import ShardConfig, shard
+from pipeline.verify import VerifyConfig, verify
+from pipeline.view import read_view
+from tests.pipeline.drawn_corpus import drawn_corpus, drawn_picture
 
 METRICS = ["rank", "rank_judge"]
 ALONE = SchedulingConfig(workers=0)
@@ -93,10 +99,62 @@ def test_labelling_again_changes_nothing(corpus: Corpus) -> None:
 
 def test_other_settings_need_another_name(corpus: Corpus) -> None:
     _label(corpus)
-    with pytest.raises(UsageError, match="default"):
+    for changes, said in (
+        ({"bins": 5}, "bins 10, not 5"),
+        ({"calibration": "minmax"}, "calibration 'ecdf', not 'minmax'"),
+        ({"consensus": False}, "consensus True, not False"),
+        ({"knots": 9}, "knots 65, not 9"),
+        ({"hq_threshold": "q0.5"}, "hq_threshold 'q0.7', not 'q0.5'"),
+        ({"reuse": "default", "metrics": ["rank"]}, "metrics"),
+    ):
+        with pytest.raises(UsageError, match=f"labels called default with {said}"):
+            _label(corpus, **changes)
+    _label(corpus, name="second", reuse="default")
+    with pytest.raises(UsageError, match="reuse 'default', not ''"):
+        _label(corpus, name="second")
+
+
+def _grow(corpus: Corpus, folder: Path, numbers: range) -> Corpus:
+    """The corpus with more pictures of its folder, sharded and scored."""
+    for number in numbers:
+        Image.fromarray(drawn_picture(number, 32)).save(folder / "pictures" / f"{number}-0.png")
+    shard(ShardConfig(input=str(folder / "pictures"), corpus=corpus.storage.url, unit_samples=6, workers=0))
+    score(ScoreConfig(corpus=corpus.storage.url, metrics=METRICS, scheduling=ALONE))
+    return Corpus(corpus.storage.url)
+
+
+def test_a_grown_corpus_gets_the_next_version_by_the_frozen_calibration(tmp_path: Path) -> None:
+    corpus = drawn_corpus(tmp_path, count=3, side=32, unit_samples=6)
+    score(ScoreConfig(corpus=corpus.storage.url, metrics=METRICS, scheduling=ALONE))
+    first = _label(corpus)
+    view = CurateConfig(corpus=corpus.storage.url, name="all")
+    assert curate(view).view == "all@v0001"
+    former, files = _table(corpus), {entry.path: entry.etag for entry in corpus.storage.list()}
+
+    corpus = _grow(corpus, tmp_path, range(90, 95))
+    grown = _label(corpus)
+    assert (first.version, grown.version, grown.labelled) == (1, 2, 17)
+    assert (grown.calibration_digest, grown.hq_threshold) == (first.calibration_digest, first.hq_threshold)
+    table = _table(corpus)
+    old = table.filter(pc.is_in(table["key"], value_set=former["key"].combine_chunks()))
+    assert old.sort_by("key").equals(former.sort_by("key"))
+    now = {entry.path: entry.etag for entry in corpus.storage.list()}
+    assert {path for path in files if now.get(path) != files[path]} <= {"_SUCCESS", "shards.txt"}
+
+    second = curate(view)
+    assert (second.view, second.samples) == ("all@v0002", 17)
+    assert read_view(corpus, "all@v0002").facts["labels_version"] == 2
+    assert read_view(corpus, "all@v0001").table.num_rows == 12
+    verify(VerifyConfig(corpus=corpus.storage.url, workers=0))
+    before = {entry.path for entry in corpus.storage.list()}
+    assert _label(corpus) == grown and {entry.path for entry in corpus.storage.list()} == before
+    with pytest.raises(UsageError, match="bins 10, not 5"):
         _label(corpus, bins=5)
-    with pytest.raises(UsageError, match="Calibrations are frozen"):
-        _label(corpus, calibration="minmax")
+
+    assert _label(_grow(corpus, tmp_path, range(95, 96))).version == 3
+    Path(corpus.storage.url, labels_index_path("default", 2)).unlink()
+    with pytest.raises(VerificationError, match=r"_labels-0002\.json: is missing"):
+        verify(VerifyConfig(corpus=corpus.storage.url, workers=0))
 
 
 def test_a_reused_calibration_keeps_the_scale(corpus: Corpus) -> None:
@@ -153,7 +211,7 @@ def test_units_without_scores_and_damaged_scores_are_errors(corpus: Corpus) -> N
 def test_the_calibration_says_what_it_was_fitted_on(corpus: Corpus) -> None:
     result = _label(corpus)
     calibration = read_calibration(corpus, result.calibration)
-    assert calibration.reference == {"manifest": corpus.manifest().digest, "samples": 40}
+    assert calibration.reference == {"manifest": corpus.manifest().digest, "samples": 40, "knots": 65}
     assert calibration.digest == result.calibration_digest
     assert set(calibration.fingerprints) == set(METRICS)
 
