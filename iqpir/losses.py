@@ -76,8 +76,8 @@ def quality_loss(quality: Tensor, wanted: Tensor | None = None) -> Tensor:
     """How far restored pictures are from the wanted quality.
 
     Args:
-        quality: [B] in [0,1], differentiable: what the quality prior says of the restored pictures.
-        wanted: [B] in [0,1]: mean |quality - wanted|. None: minus the mean quality, as in the paper.
+        quality: [B], or [B,n] of n metrics, in [0,1], differentiable: what the quality prior says of restored pictures.
+        wanted: of the same shape, in [0,1]: mean |quality - wanted|. None: minus the mean quality, as in the paper.
     """
     if wanted is None:
         return -quality.mean()

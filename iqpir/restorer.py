@@ -220,7 +220,9 @@ class Restorer:
             _check_dial("quality", value)
         scores = len(self.network.config.quality_bins)
         if several and len(values) != scores:
-            raise UsageError(f"{len(values)} qualities were given.", f"This model takes one or {scores}.")
+            named = self.metadata.get("lineage", {}).get("scores", "")
+            told = f": of {', '.join(named.split())}" if named else ""
+            raise UsageError(f"{len(values)} qualities were given.", f"This model takes one or {scores}{told}.")
         return torch.tensor(values if several else values[0], dtype=torch.float32, device=self.device)
 
     def _open(self, picture: AnyPicture) -> list[Tensor]:

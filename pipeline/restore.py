@@ -42,8 +42,8 @@ class RestoreConfig:
     """Folder or URL with pictures."""
     output: str
     """Folder or URL for the restored PNGs and restored.jsonl."""
-    quality: float = 0.95
-    """Wanted quality, 0 to 1."""
+    quality: float | list[float] = 0.95
+    """Wanted quality, 0 to 1; for a checkpoint that was trained with --scores also a list, one value for each."""
     fidelity: float = 0.0
     """0: best quality; 1: closest to the input (needs a stage-3 model)."""
     tracking_uri: str = ""
@@ -59,9 +59,15 @@ class RestoreConfig:
                 f"Faces are aligned to the size of a network, which {self.model} does not tell.",
                 "Give the checkpoint or the run that was registered as model.",
             )
-        for name in ("quality", "fidelity"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"{name} {getattr(self, name)} is outside [0, 1].")
+        qualities = self.quality if isinstance(self.quality, list) else [self.quality]
+        if isinstance(self.quality, list) and self.model.startswith(_REGISTRY):
+            raise UsageError(
+                f"A registered model takes one quality for all scores, not {self.quality}.",
+                "Give one, or the checkpoint that was registered as model.",
+            )
+        for name, value in [*(("quality", value) for value in qualities), ("fidelity", self.fidelity)]:
+            if not 0.0 <= value <= 1.0:
+                raise UsageError(f"{name} {value} is outside [0, 1].")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pipeline.training.config import Parts, Prepared, Training, TrainResult, deg
 from pipeline.training.driver import run_training
 from pipeline.training.pairs import PairsConfig
 from pipeline.training.prior import PriorConfig, build_prior, check_prior
+from pipeline.training.scores import SCORES, bins_of, check_scores
 from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
@@ -41,6 +42,9 @@ class Stage2Training(Training):
     """Degraded pictures that exist, in place of ``degradation``."""
     prior: list[str] = field(default_factory=lambda: ["rank"])
     """Differentiable metrics of the quality loss, calibrated as the view's labels are."""
+    scores: list[str] = field(default_factory=list)
+    """Metrics of the labels whose calibrated scores are the condition, a quality map of the network for each; the one
+    quality by default."""
     prior_max_side: int = 0
     """Largest side in pixels that the metrics of the quality loss see, which bounds their cost; 0: all of them."""
     prior_bound: Literal["crop", "resize"] = "crop"
@@ -53,6 +57,12 @@ class Stage2Training(Training):
             raise UsageError(
                 f"prior_max_side {self.prior_max_side} is below {SMALLEST_JUDGED} pixels, which metrics need.",
                 "Give more, or 0 for no bound.",
+            )
+        if self.scores and self.stage.quality_target == "match" and not set(self.prior) <= set(self.scores):
+            raise UsageError(
+                f"{', '.join(sorted(set(self.prior) - set(self.scores)))} of the prior is none of the scores: nothing "
+                "says what it should measure.",
+                "Name each metric of --prior in --scores, or set stage.quality_target to maximise.",
             )
 
 
@@ -67,6 +77,10 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
     lineage = lineage_of(corpus, view)
     require_same_calibration(found, lineage, view)
     lineage["stage1"] = str(found.metadata["stage1_digest"])
+    network = network_config(training, found.network_config, **bins_of(training.scores))
+    check_scores(training.scores, network, view)
+    if training.scores:
+        lineage[SCORES] = " ".join(training.scores)
     facts = {"stage1": Storage.open(training.stage1).url}
     if training.codes == "cached":
         facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)
@@ -76,7 +90,7 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
         lineage["prior"] = " ".join(training.prior)
     lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     degradation_for(training.degradation, found.network_config.image_size)
-    return Prepared(network_config(training, found.network_config), lineage, facts)
+    return Prepared(network, lineage, facts)
 
 
 def require_same_calibration(found: checkpoint.Checkpoint, lineage: Mapping[str, str], view: View) -> None:
@@ -104,6 +118,11 @@ def prior_of(training: Stage2Training) -> PriorConfig:
     return PriorConfig(training.prior, training.prior_max_side or None, training.prior_bound)
 
 
+def asked_apart(training: Stage2Training) -> bool:
+    """Whether each metric of the prior has a wish of its own, instead of their mean."""
+    return bool(training.scores) and training.stage.quality_target == "match"
+
+
 def worker(plan: Mapping[str, Any]) -> None:
     """What each worker runs."""
     run_worker(plan, Stage2Training, assemble)
@@ -123,6 +142,7 @@ def assemble(training: Stage2Training, prepared: Prepared, distributed: Distribu
     stage = Stage2(
         training.stage,
         quality_prior=prior,
+        prior_scores=[training.scores.index(name) for name in training.prior] if asked_apart(training) else None,
         teacher=teacher,
         precision=training.precision,
         distributed=distributed,

@@ -19,6 +19,7 @@ from pipeline.training.config import Parts, Prepared, Training, TrainResult, deg
 from pipeline.training.driver import run_training
 from pipeline.training.pairs import PairsConfig
 from pipeline.training.perceptual import perceptual_term
+from pipeline.training.scores import SCORES
 from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
@@ -77,6 +78,8 @@ def prepare(training: Stage3Training, corpus: Corpus, view: View) -> Prepared:
     if "prior" in found.metadata["lineage"]:
         # The encoder and the dial still follow the metrics that stage 2 was taught by.
         lineage["prior"] = str(found.metadata["lineage"]["prior"])
+    if SCORES in found.metadata["lineage"]:
+        lineage[SCORES] = str(found.metadata["lineage"][SCORES])
     lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
     facts = {"stage2": Storage.open(training.stage2).url}
     facts["codes"] = codes_fingerprint(lineage["stage1"], training.feed.fit, training.feed.pixels)

@@ -109,7 +109,7 @@ def make_data(pictures: Path | str, corpus: str, runs: str, tracking_uri: str, n
 
 def label_and_curate(corpus: str, runs: str, tracking_uri: str, name: str, **settings: Any) -> Data:
     """Labels and a view, both called ``name``, of a scored corpus."""
-    label(LabelConfig(corpus=corpus, name=name, metrics=["rank"], **settings))
+    label(LabelConfig(corpus=corpus, name=name, **{"metrics": ["rank"], **settings}))
     view = curate(CurateConfig(corpus=corpus, name=name, labels=name, holdout=0.25, seed=1)).view
     return Data(corpus, view, runs, tracking_uri)
 

@@ -35,13 +35,13 @@ def random_wish(quality: Tensor, chosen: Tensor, places: Tensor, between: tuple[
     Args:
         quality: of the samples, [B] or [B,n].
         chosen: bool [B].
-        places: [B] in [0,1), where in ``between`` the wish lies.
+        places: in [0,1), where in ``between`` the wish lies: [B] for all scores, or [B,n].
         between: range of the wish.
         weight: of codes that have another quality than the wish.
     """
     asked = between[0] + (between[1] - between[0]) * places
     if quality.ndim == 2:
-        wanted = torch.where(chosen[:, None], asked[:, None], quality)
+        wanted = torch.where(chosen[:, None], asked.view(len(asked), -1), quality)
     else:
         wanted = torch.where(chosen, asked, quality)
     return Order(wanted, torch.where(chosen, weight, 1.0), chosen)

@@ -4,6 +4,7 @@ Frozen: codebooks and generator. Trained: encoder, quality condition, Transforme
 Source: IQPIR (arXiv 2603.29773): L = L_feat + 0.5 L_index + 0.1 L_quality.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,6 +133,8 @@ class Stage2:
     Args:
         config: losses and schedule.
         quality_prior: [B,3,H,W] in [0,1] -> [B] in [0,1], differentiable, frozen.
+        prior_scores: for a condition of several scores: which of them each metric of the prior, a ``QualityPrior``,
+            is to match. None: the prior's mean is to match their mean.
         teacher: stage-1 network whose encoder makes codes for batches that have none.
         precision: number format and layout.
         distributed: the ranks.
@@ -147,10 +150,12 @@ class Stage2:
         config: Stage2Config,
         *,
         quality_prior: nn.Module | None = None,
+        prior_scores: Sequence[int] | None = None,
         teacher: RestorationNetwork | None = None,
         precision: PrecisionConfig = FP32,
         distributed: Distributed = SINGLE,
     ) -> None:
+        self.prior_scores = prior_scores
         if config.quality_weight > 0 and quality_prior is None:
             raise UsageError(
                 f"quality_weight is {config.quality_weight}, but no quality prior was given.",
@@ -226,8 +231,10 @@ class Stage2:
         config = self.config
         if config.dial_fraction == 0 or not judged:
             return own_quality(batch.quality)
-        draws = torch.rand(2, len(batch) * self.distributed.world_size, generator=state.generator(_DIAL))
-        chance, places = draws[:, self._own(batch)].to(batch.quality.device)
+        scores = 1 if batch.quality.ndim == 1 else batch.quality.shape[1]
+        draws = torch.rand(1 + scores, len(batch) * self.distributed.world_size, generator=state.generator(_DIAL))
+        chance, *wishes = draws[:, self._own(batch)].to(batch.quality.device)
+        places = torch.stack(wishes, dim=-1).view(batch.quality.shape)
         chosen = chance < config.dial_fraction
         return random_wish(batch.quality, chosen, places, config.dial_range, config.dial_code_weight)
 
@@ -265,14 +272,22 @@ class Stage2:
         seen = to_unit_range(restored)
         if config.quality_jitter:
             seen = jittered(seen, config.quality_jitter, self._moves(state, batch)[chosen.cpu()])
-        # One place for all pictures of a step: the same at any number of ranks.
-        crops = isinstance(prior, QualityPrior) and prior.max_side is not None
-        measured: Tensor = prior(seen, state.generator(_CROP)) if crops else prior(seen)
-        asked = consensus(quality) if config.quality_target == "match" else None
+        measured, asked = self._judged(prior, seen, quality, state)
         losses = {"quality_loss": config.quality_weight * quality_loss(measured, asked)}
         if config.quality_anchor > 0:
             losses["anchor_loss"] = config.quality_anchor * anchor_loss(restored, batch.hq[chosen])
         return losses, measured.mean()
+
+    def _judged(
+        self, prior: nn.Module, pictures: Tensor, quality: Tensor, state: TrainState
+    ) -> tuple[Tensor, Tensor | None]:
+        """What was measured, [B] or a column for each metric, and what was asked for, alike; None to maximise."""
+        # One place for all pictures of a step: the same at any number of ranks.
+        crop = state.generator(_CROP)
+        if self.prior_scores is not None and isinstance(prior, QualityPrior):
+            return prior.scores(pictures, crop), quality[:, list(self.prior_scores)]
+        measured: Tensor = prior(pictures, crop) if isinstance(prior, QualityPrior) else prior(pictures)
+        return measured, consensus(quality) if self.config.quality_target == "match" else None
 
 
 def discrete_latent(

@@ -5,7 +5,7 @@ sample gets the same treatment on any worker of any world size, and ``samples_se
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ from iqpir.stages.batch import Batch
 from iqpir.training.order import sample_at
 from pipeline.corpus import Corpus
 from pipeline.training.pairs import Pairs
+from pipeline.training.scores import condition
 from pipeline.training.shard_cache import ShardCache
 
 Picture = NDArray[np.uint8]
@@ -105,7 +106,8 @@ class Item:
 
     hq: Picture
     lq: Picture | None
-    quality: float
+    condition: NDArray[np.float32]
+    """The quality, of no axis, or [n] scores."""
     index: int
     flipped: bool
     codes: NDArray[np.int16] | None
@@ -123,6 +125,7 @@ class Samples(Dataset[Item]):
         seed: of order, flips, crops and degradations.
         schedule: position -> degradation, where it changes during a training; picklable.
         pairs: LQ that exist, a row each sample; then nothing is degraded.
+        scores: metrics whose calibrated scores are the condition, in place of the quality.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Samples(Dataset[Item]):
         seed: int,
         schedule: Callable[[int], DegradationConfig] | None = None,
         pairs: Pairs | None = None,
+        scores: Sequence[str] = (),
     ) -> None:
         self.schedule, self.pairs = schedule, pairs
         self.corpus_url, self.config, self.size = corpus_url, config, network.image_size
@@ -144,6 +148,7 @@ class Samples(Dataset[Item]):
         self.offsets = rows["byte_offset"].to_numpy()
         self.sizes = rows["byte_size"].to_numpy()
         self.quality = rows["quality"].to_numpy().astype(np.float32)
+        self.condition = condition(rows, scores)
         self.cache: ShardCache | None = None
 
     def __len__(self) -> int:
@@ -171,7 +176,7 @@ class Samples(Dataset[Item]):
         elif degradation is not None:
             lq = degrade(hq, sample_parameters(degradation, self.seed, epoch, index))
         codes = None if self.codes is None else self.codes[index, int(flipped)]
-        return Item(hq, lq, float(self.quality[index]), index, flipped, codes)
+        return Item(hq, lq, np.asarray(self.condition[index]), index, flipped, codes)
 
     def _augmented(self, picture: Picture, epoch: int, index: int) -> tuple[Picture, bool]:
         """The picture fitted and perhaps mirrored, and whether it is; alike for both pictures of a pair."""
@@ -235,13 +240,13 @@ class IndexedFeed:
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stack items: pictures to float [B,3,R,R] in [-1,1], qualities to float32 [B]."""
+    """Stack items: pictures to float [B,3,R,R] in [-1,1], conditions to float32 [B] or [B,n]."""
     lq = [item.lq for item in items if item.lq is not None]
     codes = [item.codes for item in items if item.codes is not None]
     return Batch(
         hq=pictures_to_tensor([item.hq for item in items]),
         lq=pictures_to_tensor(lq) if lq else None,
-        quality=torch.tensor([item.quality for item in items], dtype=torch.float32),
+        quality=torch.from_numpy(np.stack([item.condition for item in items])),
         codes=torch.from_numpy(np.stack(codes).astype(np.int64)) if codes else None,
         index=torch.tensor([item.index for item in items], dtype=torch.int64),
         flipped=torch.tensor([item.flipped for item in items], dtype=torch.bool),

@@ -26,6 +26,7 @@ from pipeline.training.config import RESULT, Build, Prepared, Training, partners
 from pipeline.training.feed import IndexedFeed, Samples
 from pipeline.training.launch import Launcher
 from pipeline.training.pairs import Pairs, PairsConfig
+from pipeline.training.scores import SCORES
 from pipeline.training.signs import Signs
 from pipeline.training.step_meter import step_meter
 from pipeline.view import read_view
@@ -120,7 +121,16 @@ def training_feed(
         if partners.digest != prepared.lineage["pairs"]:
             raise VerificationError(f"The pairs of {pairs.lq} changed since the start.", "Start the training again.")
     samples = Samples(
-        training.corpus, rows, training.feed, prepared.network, degradation, codes, training.seed, schedule, partners
+        training.corpus,
+        rows,
+        training.feed,
+        prepared.network,
+        degradation,
+        codes,
+        training.seed,
+        schedule,
+        partners,
+        prepared.lineage.get(SCORES, "").split(),
     )
     rank, world, device = distributed.rank, distributed.world_size, distributed.device
     if training.feed.kind == "ffcv":

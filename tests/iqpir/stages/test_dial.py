@@ -33,6 +33,8 @@ def test_only_chosen_samples_are_asked_for_something_else() -> None:
     assert order.wished.tolist() == [False, True, True]
     several = random_wish(quality[:, None].expand(3, 2), chosen, places, (0.4, 0.8), 0.25)
     torch.testing.assert_close(several.quality, order.quality[:, None].expand(3, 2))
+    apart = random_wish(quality[:, None].expand(3, 2), chosen, torch.stack([places, 1 - places], 1), (0.4, 0.8), 0.25)
+    torch.testing.assert_close(apart.quality, torch.tensor([[0.1, 0.1], [0.4, 0.8], [0.6, 0.6]]))
 
 
 def test_without_a_dial_everything_is_the_samples_own() -> None:

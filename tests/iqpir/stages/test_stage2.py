@@ -246,6 +246,33 @@ def test_a_bounded_prior_judges_another_part_in_each_step_and_the_same_in_a_repe
     assert len(places) == 1 and places != [[4, 4]], "one place for all pictures, and not always the centre"
 
 
+def test_each_metric_of_the_prior_is_to_match_the_score_that_is_asked_of_it(tiny: ModuleType) -> None:
+    def dark(pictures: Tensor) -> Tensor:
+        return 1 - pictures.mean((1, 2, 3))
+
+    maps = {name: PiecewiseLinear([0.0, 1.0], [0.1, 0.9]) for name in ("sharp", "dark")}
+    prior = QualityPrior({"sharp": tiny.Sharpness(), "dark": dark}, maps, probe_size=16)
+    config = Stage2Config(optimiser=tiny.RATE, quality_weight=2.0, quality_target="match", dial_fraction=1.0)
+    asked: list[Tensor] = []
+    judged: list[Tensor] = []
+    losses = []
+    for columns in ((2, 0), None):
+        stage = Stage2(config, quality_prior=prior, prior_scores=columns, teacher=tiny.network(quality_bins=[4, 4, 4]))
+        state = stage.initial_state(tiny.network(quality_bins=[4, 4, 4]), seed=3)
+        state.network.score_embed.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+        state.network.generator.register_forward_hook(lambda _, args, out: judged.append(to_unit_range(out.detach())))
+        own = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+        losses.append(stage.step(state, replace(tiny.batch(index()), quality=own))["quality_loss"])
+    assert torch.equal(asked[0], asked[1]) and asked[0].flatten().unique().numel() == 12, "each score has its own wish"
+    apart, together = (
+        (prior.scores(judged[0]) - asked[0][:, [2, 0]]).abs().mean(),
+        prior(judged[1]) - asked[0].mean(1),
+    )
+    torch.testing.assert_close(losses[0], 2.0 * apart)
+    torch.testing.assert_close(losses[1], 2.0 * together.abs().mean())
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
 def test_the_quality_maps_learn_faster_by_the_dials_rate(tiny: ModuleType) -> None:
     moved = []
     for rate in (1.0, 10.0):
