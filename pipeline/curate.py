@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,35 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from iqpir.errors import UsageError
+from pipeline.commits.manifest import ManifestUnit
 from pipeline.corpus import Corpus
-from pipeline.dedup import read_dedup
-from pipeline.documents import stamped, unstamped
-from pipeline.duplicates.clusters import Forest
-from pipeline.label import labels_facts, read_label_index, read_labels
-from pipeline.layout import SAMPLE_REFERENCE, to_json, to_parquet, view_path
+from pipeline.dedup import read_dedup_index
+from pipeline.documents import in_threads, stamped, unstamped
+from pipeline.duplicates.clusters import Forest, Rows
+from pipeline.label import labels_facts, read_label_index
+from pipeline.layout import (
+    DEDUP,
+    SAMPLE_REFERENCE,
+    SAMPLE_SOURCE,
+    SAMPLES,
+    label_schema,
+    ordinal_of,
+    to_json,
+    to_parquet,
+    view_path,
+)
+from pipeline.scoring.tables import read_table
 from pipeline.view import view_digest
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
 _ATTEMPTS = 20
+
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +103,8 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     corpus = Corpus(config.corpus)
     index = read_label_index(corpus, config.labels)
-    found, clusters = read_dedup(corpus, config.dedup) if config.dedup else ({}, None)
-    candidates = labelled_samples(corpus, read_labels(corpus, index), clusters)
-    labelled = candidates.filter(pc.is_valid(candidates["quality"]))
-    offered = labelled.filter(pc.is_null(labelled["duplicate_of"])) if _drops(config) else labelled
-    chosen = meeting(offered, config.where)
-    if not chosen.num_rows:
-        raise UsageError(
-            f"No sample meets {config.where!r}.", f"{offered.num_rows} have a quality; loosen the condition."
-        )
-    rows = _view_rows(chosen, _groups(candidates), config)
+    found = read_dedup_index(corpus, config.dedup) if config.dedup else {}
+    rows, unlabelled, duplicates = _choose(corpus, index, found, config)
     val = pc.sum(pc.equal(rows["split"], "val")).as_py()
     data = to_parquet(rows)
     facts = {
@@ -125,14 +132,23 @@ def curate(config: CurateConfig) -> CurateResult:
         samples=rows.num_rows,
         train=rows.num_rows - val,
         val=val,
-        unlabelled=candidates.num_rows - labelled.num_rows,
-        duplicates=labelled.num_rows - offered.num_rows,
+        unlabelled=unlabelled,
+        duplicates=duplicates,
         new=new,
     )
 
 
-def _drops(config: CurateConfig) -> bool:
-    return bool(config.dedup) and config.drop_duplicates
+def _choose(corpus: Corpus, labels: Facts, clusters: Facts, config: CurateConfig) -> tuple[pa.Table, int, int]:
+    """Rows of the view, how many samples have no quality, and how many another one stands for."""
+    candidates = labelled_samples(corpus, labels, clusters, config.where)
+    offered = labelled = pc.is_valid(candidates["quality"])
+    if clusters and config.drop_duplicates:
+        offered = pc.and_(labelled, pc.is_null(candidates["duplicate_of"]))
+    known, count = pc.sum(labelled).as_py(), pc.sum(offered).as_py()
+    chosen = meeting(candidates, config.where, offered)
+    if not len(chosen):
+        raise UsageError(f"No sample meets {config.where!r}.", f"{count} have a quality; loosen the condition.")
+    return _view_rows(candidates, chosen, config), candidates.num_rows - known, known - count
 
 
 def _dedup_facts(config: CurateConfig, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,97 +158,140 @@ def _dedup_facts(config: CurateConfig, found: Mapping[str, Any]) -> dict[str, An
     return {"dedup": config.dedup, "dedup_digest": found["digest"], "drop_duplicates": config.drop_duplicates}
 
 
-def labelled_samples(corpus: Corpus, labels: pa.Table, clusters: pa.Table | None) -> pa.Table:
-    """Every live sample with its labels and cluster: columns of ``SAMPLES``, of the labels, of ``DEDUP``, by key."""
-    joined = corpus.samples().join(labels, "key", join_type="left outer")
-    if clusters is not None:
-        joined = joined.join(clusters, "key", join_type="left outer")
-    return joined.sort_by("key").combine_chunks()
+def labelled_samples(corpus: Corpus, labels: Facts, clusters: Facts, where: str = "columns") -> pa.Table:
+    """Every live sample with its labels and cluster, unit by unit: of ``SAMPLES`` what a view or ``where`` wants.
+
+    Args:
+        corpus: where they are.
+        labels: their index.
+        clusters: index of the duplicates; empty: none.
+        where: a condition; all columns by default.
+    """
+    text = where.lower()
+    names = [*SAMPLE_REFERENCE.names, *SAMPLE_SOURCE.names]
+    names += [name for name in SAMPLES.names if name not in names and (name in text or "columns" in text)]
+    beside = [(_by_unit(labels), label_schema(tuple(labels["metrics"])))]
+    if clusters:
+        beside.append((_by_unit(clusters), DEDUP))
+
+    def read(unit: ManifestUnit) -> pa.Table:
+        table = corpus.unit_samples(unit, names)
+        for references, schema in beside:
+            known = unit.ordinal in references
+            other = read_table(corpus, references[unit.ordinal]) if known else schema.empty_table()
+            place = pc.index_in(table["key"], value_set=other["key"].combine_chunks())
+            for name in schema.names[1:]:
+                table = table.append_column(schema.field(name), other[name].take(place))
+        return table
+
+    return pa.concat_tables(in_threads(read, corpus.manifest().units))
 
 
-def meeting(candidates: pa.Table, where: str) -> pa.Table:
-    """Rows that meet the condition, by key; the condition sees this table and nothing else.
+def _by_unit(index: Facts) -> dict[int, Mapping[str, Any]]:
+    """Ordinal of a unit -> its table."""
+    return {ordinal_of(reference["path"]): reference for reference in index["objects"]}
+
+
+def meeting(candidates: pa.Table, where: str, offered: pa.ChunkedArray | None = None) -> Rows:
+    """Places of the candidates that meet the condition, by key; it sees this table and nothing else.
+
+    Args:
+        candidates: with some columns of ``SAMPLES``, those of labels and of duplicates.
+        where: the condition.
+        offered: which of them it sees; None: all.
 
     Raises:
         UsageError: it is no condition; the message lists the columns.
     """
-    columns = f"Columns: {', '.join(candidates.column_names)} (write one with a sign in double quotes)."
+    labels = [name for name in candidates.column_names if name not in SAMPLES.names]
+    columns = f"Columns: {', '.join([*SAMPLES.names, *labels])} (write one with a sign in double quotes)."
+    numbered = candidates.append_column("place", pa.array(np.arange(candidates.num_rows)))
+    numbered = numbered.append_column("offered", pa.repeat(True, len(numbered)) if offered is None else offered)
     with duckdb.connect(":memory:") as connection:
-        connection.register("candidates", candidates)
+        connection.register("numbered", numbered)
+        connection.execute("CREATE VIEW candidates AS SELECT * EXCLUDE (offered) FROM numbered WHERE offered")
         connection.execute("SET enable_external_access = false; SET lock_configuration = true")
-        query = f"SELECT * FROM candidates WHERE (\n{where}\n) ORDER BY key"
+        query = f"SELECT place FROM candidates WHERE (\n{where}\n)"
         try:
             if len(connection.extract_statements(query)) != 1:
                 raise UsageError(f"where {where!r} is more than one condition.", columns)
-            found: pa.Table = connection.sql(query).to_arrow_table()
+            found: Rows = connection.sql(query).fetchnumpy()["place"]
         except duckdb.Error as error:
             first = " ".join(str(error).split("\n\n")[0].split())
             raise UsageError(f"where {where!r} is no condition on the samples: {first}.", columns) from error
-    return found.select(candidates.column_names).cast(candidates.schema)
+    keys = candidates["key"].take(pa.array(found))
+    return np.asarray(found[pc.sort_indices(keys).to_numpy()])
 
 
-def _view_rows(chosen: pa.Table, groups: Mapping[str, str], config: CurateConfig) -> pa.Table:
-    """Sample references, label columns, the cluster and the split."""
-    position = chosen.column_names.index("metadata") + 1
-    labels = chosen.column_names[position:]
-    sources = [groups[source] for source in _sources(chosen)]
-    held_back = _held_back(set(sources), config.holdout, config.seed)
-    split = pa.array(["val" if source in held_back else "train" for source in sources], pa.string())
-    return chosen.select([*SAMPLE_REFERENCE.names, *labels]).append_column("split", split)
+def _view_rows(candidates: pa.Table, chosen: Rows, config: CurateConfig) -> pa.Table:
+    """Sample references, sources, label columns, the cluster and the split, by key."""
+    names = [*SAMPLE_REFERENCE.names, *SAMPLE_SOURCE.names]
+    names += [name for name in candidates.column_names if name not in SAMPLES.names]
+    split = _split(candidates, chosen, config)
+    return candidates.select(names).take(pa.array(chosen)).append_column("split", split).combine_chunks()
 
 
-def _sources(samples: pa.Table) -> list[str]:
-    """Source picture of each sample."""
-    names = zip(samples["collection"].to_pylist(), samples["relpath"].to_pylist(), strict=True)
-    return [f"{collection}/{relpath}" for collection, relpath in names]
-
-
-def _groups(candidates: pa.Table) -> dict[str, str]:
-    """Source picture -> first name of the sources that must lie on its side of the split.
+def _split(candidates: pa.Table, chosen: Rows, config: CurateConfig) -> pa.Array:
+    """``train`` or ``val`` of the chosen rows.
 
     All samples of the corpus count, chosen or not: a change of the condition moves no picture to the other side.
     """
-    sources = _sources(candidates)
-    if "cluster" not in candidates.column_names:
-        return {source: source for source in sources}
-    return linked(sources, candidates["cluster"].to_pylist())
+    named = pc.binary_join_element_wise(candidates["collection"], candidates["relpath"], "/")
+    encoded = named.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    groups = rank[encoded.indices.to_numpy()]
+    if "cluster" in candidates.column_names:
+        groups = linked(groups, candidates["cluster"])[groups]
+    groups = groups[chosen]
+    distinct = np.unique(groups)
+    held = np.zeros(len(order), np.bool_)
+    held[distinct] = held_back(encoded.dictionary.take(pa.array(order[distinct])), config.holdout, config.seed)
+    return pc.if_else(pa.array(held[groups]), "val", "train")
 
 
-def linked(sources: Sequence[str], clusters: Sequence[str | None]) -> dict[str, str]:
-    """Source -> the smallest source that a chain of shared clusters ties it to.
+def linked(sources: Rows, clusters: pa.ChunkedArray) -> Rows:
+    """The smallest source that a chain of shared clusters ties each source to.
 
     Args:
-        sources: of each sample; a source may have several samples.
-        clusters: of each sample; None: alone.
+        sources: of each sample, numbers from 0; a source may have several samples.
+        clusters: of each sample; null: alone.
     """
-    names = sorted(set(sources))
-    place = {name: row for row, name in enumerate(names)}
-    first: dict[str, int] = {}
-    pairs = [
-        (first.setdefault(cluster, place[source]), place[source])
-        for source, cluster in zip(sources, clusters, strict=True)
-        if cluster is not None
-    ]
-    forest = Forest(len(names))
-    if pairs:
-        forest.join(*np.array(pairs, np.int64).T)
-    return {name: names[root] for name, root in zip(names, forest.roots().tolist(), strict=True)}
+    encoded = clusters.combine_chunks().dictionary_encode()
+    known = encoded.is_valid().to_numpy(zero_copy_only=False)
+    inside, cluster = sources[known], encoded.indices.drop_null().to_numpy()
+    forest = Forest(int(sources.max(initial=-1)) + 1)
+    first = np.full(len(encoded.dictionary), np.iinfo(np.int64).max)
+    np.minimum.at(first, cluster, inside)
+    forest.join(first[cluster], inside)
+    return forest.roots()
 
 
-def _held_back(sources: set[str], holdout: float, seed: int) -> set[str]:
-    """Source pictures of the split val: those whose hash is below ``holdout``.
+def held_back(sources: pa.Array, holdout: float, seed: int) -> NDArray[np.bool_]:
+    """Which source pictures are the split val: those whose hash is below ``holdout``.
 
     A picture's side does not depend on the others (copies aside), so a grown corpus keeps its split. With two
     sources or more each side has at least one.
+
+    Args:
+        sources: their names, each once, in order.
+        holdout: share of them.
+        seed: of the hash.
     """
-    if holdout == 0.0 or len(sources) < 2:
-        return set()
-    drawn = {
-        source: int(hashlib.sha256(f"{seed}/{source}".encode()).hexdigest()[:13], 16) / 16**13 for source in sources
-    }
-    ordered = sorted(sources, key=lambda source: (drawn[source], source))
-    below = [source for source in ordered if drawn[source] < holdout]
-    return set(below[: len(ordered) - 1] or ordered[:1])
+    count = len(sources)
+    held = np.zeros(count, np.bool_)
+    if holdout == 0.0 or count < 2:
+        return held
+    drawn = np.fromiter((_drawn(seed, name.as_py()) for name in sources), np.float64, count)
+    order = np.argsort(drawn, kind="stable")
+    held[order[: min(max(int((drawn < holdout).sum()), 1), count - 1)]] = True
+    return held
+
+
+def _drawn(seed: int, source: str) -> float:
+    """A number in [0, 1)."""
+    return int(hashlib.sha256(f"{seed}/{source}".encode()).hexdigest()[:13], 16) / 16**13
 
 
 def _write(corpus: Corpus, facts: Mapping[str, Any], data: bytes) -> tuple[int, bool]:

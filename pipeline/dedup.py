@@ -129,6 +129,17 @@ def read_dedup(corpus: Corpus, name: str) -> tuple[dict[str, Any], pa.Table]:
         UsageError: there are none, or the corpus has other samples since.
         VerificationError: a table is not what the index says.
     """
+    index = read_dedup_index(corpus, name)
+    tables = in_threads(lambda reference: read_table(corpus, reference), index["objects"])
+    return index, pa.concat_tables(tables) if tables else DEDUP.empty_table()
+
+
+def read_dedup_index(corpus: Corpus, name: str) -> dict[str, Any]:
+    """How the duplicates called ``name`` were found, and their tables (``DEDUP``), one a unit.
+
+    Raises:
+        UsageError: there are none, or the corpus has other samples since.
+    """
     try:
         index: dict[str, Any] = json.loads(corpus.storage.read(dedup_index_path(name)))
     except FileNotFoundError as error:
@@ -143,8 +154,7 @@ def read_dedup(corpus: Corpus, name: str) -> tuple[dict[str, Any], pa.Table]:
             f"The duplicates {name} are of another state of the corpus (manifest {index['manifest'][:12]}).",
             "Run jobs/dedup.py again, under another name: samples that came later have no cluster.",
         )
-    tables = in_threads(lambda reference: read_table(corpus, reference), index["objects"])
-    return index, pa.concat_tables(tables) if tables else DEDUP.empty_table()
+    return index
 
 
 def _best(corpus: Corpus, keys: Keys, roots: Rows, labels: Mapping[str, Any]) -> Rows:

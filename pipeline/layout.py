@@ -96,7 +96,10 @@ SAMPLE_REFERENCE = pa.schema(
         for name in ("key", "shard", "member", "byte_offset", "byte_size", "sha256", "width", "height")
     ]
 )
-"""What a view needs to find a sample; its label columns follow."""
+"""What a view needs to find a sample."""
+
+SAMPLE_SOURCE = pa.schema([SAMPLES.field(name) for name in ("collection", "relpath")])
+"""What a view says of where a sample came from; its label columns follow."""
 
 SCORES = pa.schema(
     [

@@ -15,7 +15,7 @@ from rich.console import Console
 from iqpir.errors import UsageError
 from pipeline.bench.measure import Measured, Options, Source, spread
 
-Name = Literal["feed", "stage1-step", "stage2-step", "restore", "shard", "score", "plan", "resume"]
+Name = Literal["feed", "stage1-step", "stage2-step", "restore", "shard", "score", "plan", "seal", "select", "resume"]
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "numpy", "pillow", "opencv-python-headless", "webdataset", "pyiqa", "spandrel")
 
@@ -83,7 +83,21 @@ ROWS: dict[Name, Row] = {
         module="plan",
         against="itself at the smallest number of inputs: 1 is linear",
         target=0.67,
-        defaults={"runs": 3, "sizes": (1_000, 10_000, 100_000)},
+        defaults={"runs": 2, "sizes": (10_000, 100_000, 1_000_000)},
+    ),
+    "seal": Row(
+        module="rows",
+        function="run_seal",
+        against="itself at the smallest number of samples: 1 is linear",
+        target=0.67,
+        defaults={"runs": 2, "sizes": (10_000, 100_000, 1_000_000)},
+    ),
+    "select": Row(
+        module="rows",
+        function="run_select",
+        against="itself at the smallest number of samples: 1 is linear",
+        target=0.67,
+        defaults={"runs": 2, "sizes": (10_000, 100_000, 1_000_000)},
     ),
     "resume": Row(
         module="resume",
@@ -122,7 +136,7 @@ class BenchConfig:
     source: Source | None = None
     """How the pictures are stored (feed, shard, score): jpeg or png."""
     sizes: list[int] | None = None
-    """Numbers of inputs, rising (plan)."""
+    """Numbers of inputs or samples, rising (plan, seal, select)."""
     folder: str = ""
     """Folder in which a scratch folder is made; the system's by default."""
 

@@ -1,8 +1,9 @@
 """Time two sides of a comparison alternately, and say how far the runs lie apart."""
 
+import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from iqpir.errors import VerificationError
 
 Source = Literal["jpeg", "png"]
+LARGEST_BYTES = 1000.0
+"""Of a driver's memory for each input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,42 @@ def alternate(
             (ours if is_ours else peer)()
             rates[is_ours].append(work / (clock() - start))
     return rates[True], rates[False]
+
+
+def scaling(found: Mapping[int, Sequence[Mapping[str, float]]], unit: str, checked: dict[str, float]) -> Measured:
+    """The rate at the largest size against that at the smallest: 1 is linear time.
+
+    Args:
+        found: size, rising -> for each run ``seconds``, ``bytes`` of memory, and what else was counted.
+        unit: of the rates.
+        checked: as in ``Measured``.
+    """
+    facts = {str(count): _scaled(count, values) for count, values in found.items()}
+    smallest, largest = min(found), max(found)
+    memory = facts[str(largest)]["bytes_per_input"]
+    return Measured(
+        ours=[largest / one["seconds"] for one in found[largest]],
+        peer=[smallest / one["seconds"] for one in found[smallest]],
+        unit=unit,
+        checked=checked,
+        facts=facts,
+        missed=(f"{memory:.0f} bytes of memory for each input",) if memory > LARGEST_BYTES else (),
+    )
+
+
+def _scaled(count: int, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    median = {name: statistics.median(one[name] for one in values) for name in values[0]}
+    memory = median.pop("bytes") / count
+    return {**{name: round(value, 3) for name, value in median.items()}, "bytes_per_input": round(memory, 1)}
+
+
+def peak_memory() -> int:
+    """Bytes that this program has held at most. Not ``ru_maxrss``: on Linux a new program starts with its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes, and the program's own
 
 
 def spread(values: Sequence[float]) -> float:

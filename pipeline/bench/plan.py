@@ -6,24 +6,19 @@ inputs first, which loads libraries and fills pools; what its peak memory rises 
 
 import json
 import os
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from pipeline.bench.measure import Measured, Options, require_equal
+from pipeline.bench.measure import Measured, Options, peak_memory, require_equal, scaling
 from pipeline.bench.pictures import encoded, picture
 from pipeline.commits.plan import extend_plan
 from pipeline.shard import ShardConfig
 from pipeline.sources.find import SourceConfig, find_inputs
 from pipeline.storage import Storage
 
-LARGEST_BYTES = 1000.0
-"""Of the driver's memory for each input."""
 _LINKS = 30_000
 """Names of one file: ext4 allows 65,000."""
 _PER_FOLDER = 1000
@@ -42,18 +37,7 @@ def run(options: Options) -> Measured:
             shutil.rmtree(corpus)
             require_equal(checked, f"inputs of {count} that are not planned", abs(count - one["planned"]), 0)
             found[count].append(one)
-    facts = {str(count): _facts(count, values) for count, values in found.items()}
-    smallest, largest = options.sizes[0], options.sizes[-1]
-    memory = facts[str(largest)]["bytes_per_input"]
-    missed = (f"{memory:.0f} bytes of memory for each input",) if memory > LARGEST_BYTES else ()
-    return Measured(
-        ours=[largest / one["seconds"] for one in found[largest]],
-        peer=[smallest / one["seconds"] for one in found[smallest]],
-        unit="inputs/s",
-        checked=checked,
-        facts=facts,
-        missed=missed,
-    )
+    return scaling(found, "inputs/s", checked)
 
 
 def name_inputs(folder: Path, count: int) -> Path:
@@ -77,7 +61,7 @@ def plan_inputs(source: str, corpus: str) -> dict[str, float]:
     ``bytes`` is by how much the peak of this process rose.
     """
     settings = ShardConfig(input=source, corpus=corpus).settings
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     listing = find_inputs(source, SourceConfig())
     listed = time.perf_counter()
@@ -88,7 +72,7 @@ def plan_inputs(source: str, corpus: str) -> dict[str, float]:
         "units": sum(item.facts["units"] for item in generations),
         "seconds": planned - start,
         "listing_seconds": listed - start,
-        "bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
+        "bytes": peak_memory() - before,
     }
 
 
@@ -102,18 +86,6 @@ def _in_a_process(few: Path, source: Path, corpus: Path) -> dict[str, float]:
     )
     found: dict[str, float] = json.loads(done.stdout)
     return found
-
-
-def _facts(count: int, values: list[dict[str, float]]) -> dict[str, Any]:
-    seconds, listing, memory = (
-        statistics.median(one[name] for one in values) for name in ("seconds", "listing_seconds", "bytes")
-    )
-    return {
-        "seconds": round(seconds, 3),
-        "listing_seconds": round(listing, 3),
-        "bytes_per_input": round(memory / count, 1),
-        "units": int(values[0]["units"]),
-    }
 
 
 if __name__ == "__main__":

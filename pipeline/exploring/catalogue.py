@@ -15,8 +15,8 @@ from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode
 from pipeline.corpus import Corpus
 from pipeline.curate import labelled_samples, meeting
-from pipeline.dedup import read_dedup
-from pipeline.label import read_label_index, read_labels
+from pipeline.dedup import read_dedup_index
+from pipeline.label import read_label_index
 
 Values = NDArray[np.float64]
 Order = Literal["best", "worst", "even", "disagreement"]
@@ -67,8 +67,8 @@ def open_catalogue(corpus: Corpus, labels: str, dedup: str, pixels: PixelPolicy)
         UsageError: no such corpus, labels or duplicates; or no sample has a quality.
     """
     index = read_label_index(corpus, labels)
-    clusters = read_dedup(corpus, dedup)[1] if dedup else None
-    samples = labelled_samples(corpus, read_labels(corpus, index), clusters)
+    clusters = read_dedup_index(corpus, dedup) if dedup else {}
+    samples = labelled_samples(corpus, index, clusters).sort_by("key").combine_chunks()
     known = samples.filter(pc.is_valid(samples[QUALITY]))
     if not known.num_rows:
         raise UsageError(f"Not one sample of the labels {labels} has a quality.", "See the statuses of the scores.")
@@ -99,9 +99,10 @@ def choose(catalogue: Catalogue, where: str) -> Choice:
     Raises:
         UsageError: it is no condition; the message lists the columns.
     """
-    table = meeting(catalogue.table, where)
-    chosen = pc.is_in(catalogue.table["key"], value_set=table["key"].combine_chunks())
-    return Choice(where, np.asarray(chosen), table)
+    places = meeting(catalogue.table, where)
+    chosen = np.zeros(catalogue.table.num_rows, np.bool_)
+    chosen[places] = True
+    return Choice(where, chosen, catalogue.table.take(pa.array(places)))
 
 
 def shown(choice: Choice, order: Order, count: int) -> list[dict[str, Any]]:

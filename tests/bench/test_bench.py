@@ -28,6 +28,8 @@ TINY: dict[str, list[str]] = {
     "resume": ["--count", "50", "--runs", "2"],
 }
 SLOW: dict[str, list[str]] = {
+    "seal": ["--sizes", "[20, 1100]", "--runs", "2"],
+    "select": ["--sizes", "[200, 1100]", "--runs", "1"],
     "stage2-step": ["--preset", "tiny32", "--batch", "1", "--runs", "1", "--threads", "1"],
     "stage1-step": ["--preset", "tiny32", "--batch", "1", "--runs", "1", "--threads", "1"],
     "score": ["--count", "2", "--size", "224", "--runs", "1", "--threads", "1"],

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from PIL import Image
@@ -10,9 +11,9 @@ from PIL import Image
 from iqpir.errors import UsageError
 from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
-from pipeline.curate import CurateConfig, CurateResult, _held_back, curate
+from pipeline.curate import CurateConfig, CurateResult, curate, held_back
 from pipeline.label import LabelConfig, label
-from pipeline.layout import SAMPLE_REFERENCE
+from pipeline.layout import SAMPLE_REFERENCE, SAMPLES
 from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
 from pipeline.sharding.crops import CropPolicy
@@ -52,7 +53,7 @@ def test_a_view_holds_what_meets_the_condition_and_nothing_else(corpus: Corpus) 
     view = read_view(corpus, result.view)
     assert 0 < view.table.num_rows == result.samples < 24
     assert pc.min(view.table["quality"]).as_py() > 0.5
-    wanted = [*SAMPLE_REFERENCE.names, "iqa_rank", "iqa_rank_cal", "iqa_rank_status"]
+    wanted = [*SAMPLE_REFERENCE.names, "collection", "relpath", "iqa_rank", "iqa_rank_cal", "iqa_rank_status"]
     wanted += ["quality", "quality_std", "quality_bin", "hq_plus", "split"]
     assert view.table.column_names == wanted
     assert result.train + result.val == result.samples
@@ -91,15 +92,18 @@ def test_crops_of_one_picture_never_lie_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_each_side_has_a_source_and_a_grown_corpus_keeps_its_split() -> None:
-    few = {f"images/{number}.png" for number in range(40)}
-    more = few | {f"images/{number}.png" for number in range(40, 200)}
-    assert _held_back(few, 0.2, 0) == _held_back(more, 0.2, 0) & few
-    assert 0.1 < len(_held_back(more, 0.2, 0)) / 200 < 0.3
-    assert _held_back(few, 0.2, 0) != _held_back(few, 0.2, 1)
-    assert len(_held_back({"a", "b"}, 0.0001, 0)) == 1
-    assert len(_held_back({"a", "b"}, 0.9999, 0)) == 1
-    assert _held_back({"a"}, 0.5, 0) == set()
-    assert _held_back(few, 0.0, 0) == set()
+    def held(count: int, holdout: float, seed: int) -> set[str]:
+        names = pa.array([f"images/{number:03d}.png" for number in range(count)], pa.string())
+        return set(names.filter(pa.array(held_back(names, holdout, seed))).to_pylist())
+
+    few = {f"images/{number:03d}.png" for number in range(40)}
+    assert held(40, 0.2, 0) == held(200, 0.2, 0) & few
+    assert 0.1 < len(held(200, 0.2, 0)) / 200 < 0.3
+    assert held(40, 0.2, 0) != held(40, 0.2, 1)
+    assert len(held(2, 0.0001, 0)) == 1
+    assert len(held(2, 0.9999, 0)) == 1
+    assert held(1, 0.5, 0) == set()
+    assert held(40, 0.0, 0) == set()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,24 @@ def test_a_bad_condition_is_an_error_with_the_columns_and_writes_nothing(corpus:
     with pytest.raises(UsageError, match=r"Columns: key, .*quality"):
         _curate(corpus, where=where)
     assert corpus.storage.list("views") == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        " and ".join(f'("{name.upper()}" is null or true)' for name in SAMPLES.names),
+        "COLUMNS('^u[rn]i') is not null",
+        "key in (select key from candidates where status = 'success')",
+    ],
+)
+def test_a_condition_may_use_every_column_though_only_what_it_names_is_read(corpus: Corpus, where: str) -> None:
+    assert _curate(corpus, where=where).samples == corpus.manifest().samples
+
+
+def test_a_row_says_which_file_it_was(corpus: Corpus) -> None:
+    rows = read_view(corpus, _curate(corpus).view).table.to_pylist()
+    samples = {row["key"]: row for row in corpus.samples(["key", "collection", "relpath"]).to_pylist()}
+    assert rows and all({name: row[name] for name in samples[row["key"]]} == samples[row["key"]] for row in rows)
 
 
 def test_an_empty_choice_is_an_error(corpus: Corpus) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import skimage
 from hypothesis import given, settings
@@ -197,7 +198,10 @@ def test_copies_lie_on_one_side_of_the_split_though_none_is_dropped(corpus: Corp
 def test_sources_that_a_chain_of_clusters_ties_together_are_one_group(samples: list[tuple[int, int | None]]) -> None:
     sources = [f"s{source:02d}" for source, _ in samples]
     clusters = [None if cluster is None else f"c{cluster}" for _, cluster in samples]
-    groups = linked(sources, clusters)
+    names = sorted(set(sources))
+    numbers = np.array([names.index(source) for source in sources], np.int64)
+    roots = linked(numbers, pa.chunked_array([pa.array(clusters, pa.string())]))
+    groups = {name: names[root] for name, root in zip(names, roots.tolist(), strict=True)}
     for one, cluster in zip(sources, clusters, strict=True):
         for two, other in zip(sources, clusters, strict=True):
             if cluster is not None and cluster == other:
