@@ -33,7 +33,7 @@ def complete(draw: Callable[..., Path], sharded: Callable[..., ShardResult], tmp
     label(LabelConfig(corpus=url, metrics=["rank"]))
     dedup(DedupConfig(corpus=url, scheduling=HERE))
     curate(CurateConfig(corpus=url, name="all", dedup="default", holdout=0.3))
-    write_checkpoint(tmp_path / "stage1")
+    write_checkpoint(tmp_path / "stage1", stage="stage1")
     encode(EncodeConfig(corpus=url, stage1=str(tmp_path / "stage1"), fit="resize", scheduling=HERE))
     return Path(url)
 
