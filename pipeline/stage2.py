@@ -115,7 +115,8 @@ def degradation_for(name: str, image_size: int) -> DegradationConfig:
 
 def prior_of(training: Stage2Training) -> PriorConfig:
     """The quality loss's metrics and their bound."""
-    return PriorConfig(training.prior, training.prior_max_side or None, training.prior_bound)
+    side = training.prior_max_side or None
+    return PriorConfig(metrics=training.prior, max_side=side, bound=training.prior_bound)
 
 
 def asked_apart(training: Stage2Training) -> bool:

@@ -14,13 +14,16 @@ from pipeline.scoring.calibration import read_calibration
 from pipeline.view import View, read_view
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Which metrics, and how much of a picture they see: see ``QualityPrior``."""
 
     metrics: list[str]
+    """Differentiable ones of the labels."""
     max_side: int | None = None
+    """Largest side that they see; None: all of it."""
     bound: Literal["crop", "resize"] = "crop"
+    """How larger pictures are brought to it."""
 
 
 def check_prior(corpus: Corpus, view: View, config: PriorConfig) -> None:

@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_calibration_is_refused(chain: Chain, stage2: Tr
 def test_the_papers_minmax_steers_what_scores_beyond_the_corpus(chain: Chain) -> None:
     data = label_and_curate(chain.data.corpus, chain.data.runs, chain.data.tracking_uri, "minmax", calibration="minmax")
     noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    quality = build_prior(Corpus(data.corpus), data.view, PriorConfig(["rank"]), torch.device("cpu"))(noise)
+    quality = build_prior(Corpus(data.corpus), data.view, PriorConfig(metrics=["rank"]), torch.device("cpu"))(noise)
     (gradient,) = torch.autograd.grad(quality.sum(), noise)
     assert bool((quality < 0).all()) and bool(gradient.flatten(1).any(dim=1).all())
 
