@@ -5,7 +5,7 @@ A picture is ``uint8 [H, W, 3]``, RGB, sRGB, upright. What is declared, in this 
 1. only allow-listed formats are opened, the content decides, never a file name;
 2. a picture over ``max_pixels`` is refused from its header, before a pixel is decoded;
 3. the whole first frame must decode: cut or damaged files are refused, never padded with grey;
-4. 16-bit grey is scaled to 8 bits (``round(v / 257)``), never clipped;
+4. samples of 16 bits (12 in a TIFF) are scaled to 8 bits and rounded, ``round(v / 257)``, never clipped or cut;
 5. an embedded ICC profile is converted to sRGB; a broken one is ignored;
 6. transparency is composited on ``background``;
 7. the EXIF orientation is applied.
@@ -15,6 +15,7 @@ import dataclasses
 import io
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from iqpir.config import digest
 from iqpir.errors import UsageError
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raise it when this module decodes any picture to other pixels; it is part of every policy's digest."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -92,6 +93,13 @@ _PLAIN_MODES = ("RGB", "L", "CMYK")
 """Modes of frames whose colours convert without a look at the pixels."""
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 258
+_PHOTOMETRIC_TAG = 262
+_WHITE_IS_ZERO = 0
+_PLANAR_TAG = 284
+_PLANES_APART = 2
+
+_SWAPPED = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
+"""Raw modes by which Pillow keeps the other byte of each 16-bit sample than the high one."""
 
 
 class PictureError(ValueError):
@@ -265,6 +273,8 @@ class _Loaded:
     stored_orientation: int
     pending_orientation: int
     """1 where Pillow has turned the frame while loading, as it does with TIFF."""
+    raw_mode: str = ""
+    """What Pillow calls the form of the samples in the file, such as ``RGB;16B``."""
 
 
 def _load(data: bytes, policy: PixelPolicy, *, small: bool = False) -> _Loaded:
@@ -281,6 +291,7 @@ def _load(data: bytes, policy: PixelPolicy, *, small: bool = False) -> _Loaded:
         animated = bool(getattr(image, "is_animated", False))
         before = _orientation(image) if image.format == "TIFF" else None
         size = _drafted(image) if small else None
+        raw_mode = _raw_mode(image)
         image.load()
     except PictureError:
         raise
@@ -290,7 +301,22 @@ def _load(data: bytes, policy: PixelPolicy, *, small: bool = False) -> _Loaded:
         code: PictureCode = "truncated" if _is_cut(data) or "truncated" in str(error) else "corrupt"
         raise PictureError(code, f"The {_signature(data)} data does not decode ({error}).") from error
     pending = _orientation(image)
-    return _Loaded(image, size or image.size, animated, pending if before is None else before, pending)
+    return _Loaded(image, size or image.size, animated, pending if before is None else before, pending, raw_mode)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """``_Loaded.raw_mode`` of a frame that is not loaded yet.
+
+    Raises:
+        PictureError: a TIFF with 16-bit planes one after another, which Pillow takes for planes of 8 bits.
+    """
+    tiles = getattr(image, "tile", ())
+    arguments = tiles[0].args if tiles else ""
+    raw_mode = str(arguments if isinstance(arguments, str) else (arguments or ("",))[0])
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PLANAR_TAG) == _PLANES_APART and max(tags.get(_BITS_PER_SAMPLE_TAG, (1,))) > 8:
+        raise PictureError("unsupported_format", "A TIFF with separate planes of 16 bits is not read.")
+    return raw_mode
 
 
 def _drafted(image: Image.Image) -> tuple[int, int] | None:
@@ -375,7 +401,7 @@ def _picture(loaded: _Loaded, data: bytes, policy: PixelPolicy) -> Picture:
     """Colours and orientation of a loaded frame made uniform."""
     facts = _facts(loaded, data, (False, False))
     try:
-        colours, alpha, used, broken = _to_srgb(loaded.image)
+        colours, alpha, used, broken = _to_srgb(_rounded(loaded, data, policy))
     except PictureError:
         raise
     except _DECODER_ERRORS as error:
@@ -385,6 +411,37 @@ def _picture(loaded: _Loaded, data: bytes, policy: PixelPolicy) -> Picture:
     if loaded.pending_orientation in _UPRIGHT:
         colours = colours.transpose(_UPRIGHT[loaded.pending_orientation])
     return Picture(**{**facts, "icc_profile": used, "icc_broken": broken}, array=np.array(colours, dtype=np.uint8))
+
+
+def _rounded(loaded: _Loaded, data: bytes, policy: PixelPolicy) -> Image.Image:
+    """The frame with 16-bit colours rounded to 8 bits: Pillow keeps the high byte of each, so both are read.
+
+    Left as Pillow has them: premultiplied colours of a TIFF, which it divides by alpha while it reads.
+    """
+    image, (name, _, order) = loaded.image, loaded.raw_mode.partition(";")
+    if order not in _SWAPPED or image.mode.startswith("I;16") or name == "RGBa":
+        return image
+    again = Image.open(io.BytesIO(data), formats=policy.formats)
+    both = name == "LA"  # PNG: no raw mode has its low bytes alone, four raw bytes are both samples
+    raw_mode = "RGBA" if both else f"{name};{_SWAPPED[order]}"
+    again.tile = [
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
+        for tile in again.tile
+    ]
+    again.load()
+    high, low = np.asarray(image), np.asarray(again)
+    if both:
+        low = low[..., [1, 1, 1, 3]]
+    # v = 256 high + low = 257 high + (low - high), so v / 257 rounds to high or to its neighbour.
+    excess = low.astype(np.int16) - high
+    samples = (high + (excess > 128) - (excess < -128)).astype(np.uint8)
+    rounded = Image.frombytes(image.mode, image.size, samples.tobytes())
+    rounded.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple):
+        clear = ((high == np.array(key) >> 8) & (low == np.array(key) & 255)).all(axis=-1)
+        rounded.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return rounded
 
 
 def _facts(loaded: _Loaded, data: bytes, profile: tuple[bool, bool]) -> dict[str, Any]:
@@ -486,7 +543,7 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to mode L (LA where one grey is declared transparent); other modes as they are.
+    """Grey of 12 or 16 bits scaled to mode L (LA where one grey is declared transparent); other modes as they are.
 
     Raises:
         PictureError: integers or floats of 32 bits, which declare no white.
@@ -495,8 +552,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         raise PictureError("unsupported_format", f"Mode {image.mode} (32 bits) declares no white.")
     if not image.mode.startswith("I;16"):
         return image
-    raw = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((raw + 128) // 257).astype(np.uint8))
+    raw, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    white = (1 << int(tags.get(_BITS_PER_SAMPLE_TAG, (16,))[0])) - 1
+    levels = white - raw if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO else raw
+    grey = Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(raw == transparent, 0, 255).astype(np.uint8)))

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -52,12 +53,13 @@ def code_of(data: bytes, policy: PixelPolicy | None = None) -> str:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that is all header: it announces a size and holds one row of nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    parts = (png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(b"")), png_chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def test_png_round_trip_is_exact_and_deterministic() -> None:
@@ -191,18 +193,109 @@ def test_sixteen_bit_grey_with_a_transparent_level() -> None:
     assert picture.array[0, :, 0].tolist() == [255, 4]
 
 
-def test_sixteen_bit_rgb_png_is_recorded_as_reduced() -> None:
-    rows = (ramp().astype(">u2") * 257).reshape(HEIGHT, -1)
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+def noise16(*channels: int) -> NDArray[np.uint16]:
+    """Every kind of 16-bit sample, not in order: uint16 [24, 40, *channels]."""
+    return np.random.default_rng(16).integers(0, 65536, (HEIGHT, WIDTH, *channels), dtype=np.uint16)
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+def eighth(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.rint(values / 257).astype(np.uint8)
+
+
+def png16(values: NDArray[np.uint16], colour_type: int, *chunks: bytes) -> bytes:
+    """A 16-bit PNG of [H, W, C]."""
+    rows = values.astype(">u2").reshape(len(values), -1)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", body), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff16(values: NDArray[np.uint16], photometric: int, bits: int = 16, planar: int = 1) -> bytes:
+    """An uncompressed little-endian TIFF of uint16 [H, W] or [H, W, 3]; 12 bits are packed."""
+    samples = 1 if values.ndim == 2 else values.shape[2]
+    body = np.moveaxis(values, -1, 0) if planar == 2 else values
+    data = body.astype("<u2").tobytes()
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(np.uint32)
+        whole = (pairs[:, 0] << 12) | pairs[:, 1]
+        data = b"".join(int(each).to_bytes(3, "big") for each in whole)
+    strips = samples if planar == 2 else 1
+    tags = [(256, values.shape[1]), (257, values.shape[0]), (259, 1), (262, photometric), (277, samples)]
+    tags += [(278, values.shape[0]), (284, planar)]
+    end = 8 + 2 + 12 * (len(tags) + 3) + 4
+    lists = {258: (3, [bits] * samples), 273: (4, []), 279: (4, [len(data) // strips] * strips)}
+    start = end + sum(0 if len(each) == 1 else len(each) * 4 for each in ([bits] * samples, [0] * strips, [0] * strips))
+    lists[273] = (4, [start + number * (len(data) // strips) for number in range(strips)])
+    entries, extra = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags}, b""
+    for tag, (_, each) in lists.items():
+        if len(each) == 1:
+            entries[tag] = struct.pack("<HHII", tag, 4, 1, each[0])
+        else:
+            entries[tag] = struct.pack("<HHII", tag, 4, len(each), end + len(extra))
+            extra += struct.pack(f"<{len(each)}I", *each)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + extra + data
+
+
+def opencv(values: NDArray[np.uint16], suffix: str, *options: int) -> bytes:
+    """OpenCV's file of RGB or RGBA."""
+    order = [2, 1, 0, 3][: values.shape[2]]
+    return bytes(cv2.imencode(suffix, values[..., order], options)[1])
+
+
+RAW = (cv2.IMWRITE_TIFF_COMPRESSION, 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(opencv(noise16(3), ".png"), id="png"),
+        pytest.param(opencv(noise16(3), ".tiff"), id="packed tiff"),
+        pytest.param(opencv(noise16(3), ".tiff", *RAW), id="tiff"),
+        pytest.param(tiff16(noise16(3), 2), id="another tiff"),
+        pytest.param(png16(noise16(3), 2), id="another png"),
+    ],
+)
+def test_sixteen_bit_colours_are_rounded_not_cut(data: bytes) -> None:
     picture = decode(data)
     assert picture.bit_depth == 16
-    assert np.array_equal(picture.array, ramp())
+    assert np.array_equal(picture.array, eighth(noise16(3)))
+    assert not np.array_equal(picture.array, noise16(3) >> 8)
+    assert read_facts(data) == picture.facts()
+
+
+@pytest.mark.parametrize("grey", [False, True], ids=["colours", "grey"])
+def test_sixteen_bit_transparency_is_rounded_and_composited(grey: bool) -> None:
+    values = noise16(2 if grey else 4)
+    data = png16(values, 4 if grey else 6)
+    colours = eighth(values[..., [0, 0, 0]] if grey else values[..., :3])
+    alpha = eighth(values[..., -1:]) / 255
+    picture = decode(data)
+    assert (picture.bit_depth, picture.had_alpha) == (16, True)
+    assert np.abs(picture.array - (colours * alpha + 255 * (1 - alpha))).max() <= 1
+
+
+def test_the_transparent_colour_of_a_sixteen_bit_png_is_one_of_16_bits() -> None:
+    values = noise16(3)
+    values[0, 0], values[0, 1] = (257, 514, 771), (257, 514, 772)
+    picture = decode(png16(values, 2, png_chunk(b"tRNS", struct.pack(">HHH", 257, 514, 771))))
+    assert picture.had_alpha
+    assert picture.array[0, :2].tolist() == [[255, 255, 255], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 0), (16, 1), (12, 1)])
+def test_grey_of_a_tiff_is_scaled_from_its_own_white(bits: int, photometric: int) -> None:
+    values = noise16() >> (16 - bits)
+    white = (1 << bits) - 1
+    levels = white - values if photometric == 0 else values
+    picture = decode(tiff16(values, photometric, bits))
+    assert picture.bit_depth == bits
+    assert np.array_equal(picture.array[..., 0], np.rint(levels / white * 255).astype(np.uint8))
+
+
+def test_a_tiff_with_separate_planes_of_sixteen_bits_is_refused_rather_than_misread() -> None:
+    assert code_of(tiff16(noise16(3), 2, planar=2)) == "unsupported_format"
 
 
 def test_thirty_two_bit_pictures_are_refused_rather_than_guessed() -> None:
@@ -233,6 +326,57 @@ def test_an_icc_profile_is_converted_to_srgb() -> None:
     assert np.abs(picture.array.astype(int) - ramp()).max() <= 1
     swapped = decode(saved(Image.fromarray(ramp()), "PNG", icc_profile=swapped_profile()))
     assert np.abs(swapped.array.astype(int) - ramp()[..., [1, 0, 2]]).max() <= 2
+
+
+def icc(space: bytes, connection: bytes, **tags: bytes) -> bytes:
+    """A small ICC profile, version 2.4; tags are padded to four letters."""
+    fixed = [int(value * 65536) for value in (0.9642, 1.0, 0.8249)]
+    tags = {"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", *fixed), **tags}
+    position, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name.encode() + struct.pack(">II", position + len(body), len(data))
+        body += data
+    header = struct.pack(
+        ">III4s4s4s12s4s", position + len(body), 0, 0x02400000, b"prtr", space, connection, b"", b"acsp"
+    )
+    header += bytes(28) + struct.pack(">3i", *fixed)
+    return header.ljust(128, b"\0") + table + body
+
+
+def linear_grey_profile() -> bytes:
+    """Grey whose samples are linear light."""
+    return icc(b"GRAY", b"XYZ ", kTRC=b"curv" + bytes(4) + struct.pack(">IH", 1, 256) + bytes(2))
+
+
+def grey_ink_profile() -> bytes:
+    """CMYK whose inks are all grey: black takes all light, each of the others a third."""
+    ramps = bytes(range(256))
+    nodes = (
+        bytes([round(255 * (1 - black) * (1 - (cyan + magenta + yellow) / 3)), 128, 128])
+        for cyan, magenta, yellow, black in itertools.product((0, 1), repeat=4)
+    )
+    identity = struct.pack(">9i", *(65536 if at in (0, 4, 8) else 0 for at in range(9)))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + ramps * 4 + b"".join(nodes) + ramps * 3
+    return icc(b"CMYK", b"Lab ", A2B0=table)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+def test_a_grey_profile_is_converted_as_grey(file_format: str) -> None:
+    grey = Image.new("L", (16, 16), 128)
+    picture = decode(saved(grey, file_format, icc_profile=linear_grey_profile()))
+    assert (picture.icc_profile, picture.icc_broken, picture.channels) == (True, False, 1)
+    assert np.abs(picture.array.astype(int) - 188).max() <= 1, "half of the light is 188 in sRGB"
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_a_cmyk_profile_decides_what_inks_are(file_format: str) -> None:
+    options = {"quality": 100, "subsampling": 0} if file_format == "JPEG" else {}
+    for inks, level in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 0, 0, 0), 162), ((0, 255, 0, 0), 162)):
+        data = saved(Image.new("CMYK", (16, 16), inks), file_format, icc_profile=grey_ink_profile(), **options)
+        picture = decode(data)
+        assert (picture.icc_profile, picture.icc_broken, picture.channels) == (True, False, 4)
+        assert np.abs(picture.array.astype(int) - level).max() <= 3
 
 
 def test_an_icc_profile_keeps_transparency() -> None:
@@ -316,6 +460,40 @@ def test_zero_bytes_and_text_and_foreign_formats_have_their_own_codes() -> None:
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (14_000, 14_000), (2**31 - 1, 1)])
 def test_a_bomb_is_refused_from_its_header(width: int, height: int) -> None:
     assert code_of(png_header(width, height)) == "too_many_pixels"
+
+
+def gif_bomb(screen: int, frame: int) -> bytes:
+    """A GIF of two colours whose screen and whose frame are squares of these sides, with the pixels of none."""
+    head = b"GIF89a" + struct.pack("<HHBBB", screen, screen, 0x80, 0, 0) + bytes([0, 0, 0, 255, 255, 255])
+    return head + b"," + struct.pack("<HHHHB", 0, 0, frame, frame, 0) + b"\2\2\x44\1\0;"
+
+
+def webp_bomb(animated: bool) -> bytes:
+    """A lossless WebP of a few bytes; its header, or that of its canvas, announces the largest square there is."""
+    blank = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    options = {"save_all": True, "append_images": blank[1:]} if animated else {}
+    data = bytearray(saved(blank[0], "WEBP", lossless=True, **options))
+    if animated:
+        at = data.index(b"VP8X") + 12
+        data[at : at + 6] = (16383).to_bytes(3, "little") * 2
+    else:
+        at = data.index(b"VP8L") + 9
+        data[at : at + 4] = (int.from_bytes(data[at : at + 4], "little") | 0xFFF_FFFF).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(gif_bomb(65_535, 4), id="screen of a gif"),
+        pytest.param(gif_bomb(4, 65_535), id="frame of a gif"),
+        pytest.param(webp_bomb(False), id="webp"),
+        pytest.param(webp_bomb(True), id="canvas of a webp"),
+    ],
+)
+def test_bombs_in_other_formats_are_refused_before_a_pixel_is_decoded(data: bytes) -> None:
+    assert len(data) < 200
+    assert code_of(data) == "too_many_pixels"
 
 
 def test_the_pixel_limit_is_inclusive() -> None:
