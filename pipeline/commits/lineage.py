@@ -14,6 +14,7 @@ from pipeline.commits.references import is_unfinished_view
 from pipeline.documents import is_as_stamped, objects_of, unstamped
 from pipeline.layout import (
     calibration_path,
+    commit_name,
     commit_prefix,
     dedup_index_path,
     labels_index_path,
@@ -27,6 +28,7 @@ Documents = Mapping[str, Document]
 Step = tuple[str, str]
 """Name of a step, and fingerprint."""
 
+_ATTEMPT = ("step", "fingerprint", "unit_id", "retry")
 _MAPS = ("metrics", "fingerprints", "consensus")
 
 
@@ -86,6 +88,7 @@ class Lineage:
         units = self.manifest.units
         shards: Step = "shard", digest(self.manifest.facts["settings"])
         yield from _unrecorded(shards, units, done, "the manifest")
+        yield from self._former_attempts()
         for name, fingerprint in done:
             facts = metric_facts_path(name.removeprefix("score-"), fingerprint)
             if name.startswith("score-") and facts not in self.documents:
@@ -106,6 +109,16 @@ class Lineage:
         known = {unit.unit_id for unit in self.manifest.units}
         counts = {"/".join(step): total - len(found & known) for step, found in self._records().items()}
         return {step: left for step, left in sorted(counts.items()) if left}
+
+    def _former_attempts(self) -> Iterator[str]:
+        """A unit that was done again keeps its record of before."""
+        records = [values for path, values in self.documents.items() if path.startswith("_commits/")]
+        there = {tuple(str(values.get(name, 0)) for name in _ATTEMPT) for values in records}
+        for step, fingerprint, unit_id, retry in sorted(there):
+            for former in range(int(retry)):
+                if (step, fingerprint, unit_id, str(former)) not in there:
+                    path = f"{commit_prefix(step, fingerprint)}/{commit_name(unit_id, former)}.json"
+                    yield f"{path}: is missing, the unit was done again after it"
 
     def _records(self) -> dict[Step, set[str]]:
         found: dict[Step, set[str]] = {}

@@ -1,5 +1,6 @@
 """Of a corpus that went through every step no file can change or go without ``verify`` saying so."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from iqpir.errors import VerificationError
+from pipeline.commits.records import commit
 from pipeline.commits.units import SchedulingConfig
 from pipeline.curate import CurateConfig, curate
 from pipeline.dedup import DedupConfig, dedup
@@ -16,6 +18,7 @@ from pipeline.gc import GcConfig, gc
 from pipeline.label import LabelConfig, label
 from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardResult
+from pipeline.storage import Storage
 from pipeline.verify import VerifyConfig, VerifyResult, verify
 from tests.pipeline.tiny_checkpoint import write_checkpoint
 
@@ -71,6 +74,16 @@ def test_every_file_that_is_changed_or_deleted_is_found(complete: Path, rng: np.
         path.write_bytes(data)
     assert not silent, silent
     assert found(complete, deep=True) is not None
+
+
+def test_the_record_of_a_unit_that_was_done_again_has_to_stay(complete: Path) -> None:
+    path = sorted(complete.glob("_commits/score-rank/*/*.json"))[0]
+    record = json.loads(path.read_bytes())
+    commit(Storage.open(str(complete)), record["step"], record["fingerprint"], record["unit_id"], record, retry=1)
+    assert found(complete, deep=True) is not None
+    path.unlink()
+    with pytest.raises(VerificationError, match=rf"{path.name}: is missing"):
+        verify(VerifyConfig(corpus=str(complete), workers=0))
 
 
 def test_documents_keep_their_one_form(complete: Path) -> None:
