@@ -28,17 +28,19 @@ class DiesAt:
         change: number of the change, from 1; one that is never reached does nothing.
         moment: one of ``MOMENTS``; a removal has none of the first two and is not made then.
         number: SIGKILL to die, SIGSTOP to wait for SIGCONT (not at ``begun``, which spoils the file).
+        store: whose changes count. Of an object store a change is a request: ``begun`` is before it.
     """
 
     change: int
     moment: str
     number: int = signal.SIGKILL
+    store: type[Any] = Folder
     counted: int = 0
     due: bool = False
 
     def __call__(self) -> None:
         for name in ("put", "create", "remove"):
-            setattr(Folder, name, self._counting(getattr(Folder, name)))
+            setattr(self.store, name, self._counting(getattr(self.store, name)))
         os.fsync = self._before(os.fsync, "begun")
         for name in ("link", "replace"):
             setattr(os, name, self._before(getattr(os, name), "written"))
@@ -48,7 +50,8 @@ class DiesAt:
         def counted(*args: Any) -> None:
             self.counted += 1
             self.due = self.counted == self.change
-            if self.due and change.__name__ == "remove" and self.moment != "made":
+            in_one = change.__name__ == "remove" or self.store is not Folder
+            if self.due and in_one and self.moment != "made":
                 self._end()
             try:
                 change(*args)

@@ -11,6 +11,7 @@ import ray
 
 from pipeline.commits.plan import ShardUnit
 from pipeline.sharding.shard_unit import ShardWork
+from pipeline.stores.folder import Folder
 from tests.chaos.dies_at import DiesAt
 
 
@@ -22,16 +23,21 @@ class MortalWork(ShardWork):
         deaths: ordinal of a unit -> change and moment at which its first attempt dies; the changes of a unit
             are 1 its shard, 2 its table, 3 its record.
         graves: folder with a file for each death.
+        store: kind of store whose changes count.
+        environment: for the worker: a cluster that runs already has no address of a store that is started later.
     """
 
     deaths: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     graves: str = ""
+    store: type[Any] = Folder
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, unit: ShardUnit) -> dict[str, Any]:
+        os.environ.update(self.environment)
         grave = Path(self.graves) / f"{unit.ordinal}"
         if unit.ordinal in self.deaths and not grave.exists():
             grave.touch()
-            DiesAt(*self.deaths[unit.ordinal])()
+            DiesAt(*self.deaths[unit.ordinal], store=self.store)()
         return super().__call__(unit)
 
 

@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from pipeline.corpus import Corpus
 from pipeline.gc import GcConfig, gc
 from pipeline.storage import Storage
+from pipeline.stores.objects import S3Objects
 from pipeline.verify import VerifyConfig, verify
 from tests.chaos.conftest import Quiet, Sharding, draw, finish
 from tests.chaos.dies_at import DiesAt
 from tests.chaos.invariants import files, require_finished, require_grown, require_whole
 from tests.chaos.processes import Job, start
+from tests.pipeline.corpus.conftest import Requests
 
 BEFORE_ITS_RECORD = DiesAt(8, "written", signal.SIGSTOP)
 """The payload of the first unit is stored; its record is not."""
@@ -77,6 +80,31 @@ def _named(corpus: Storage) -> set[str]:
     units = Corpus(corpus).manifest().units
     named = {ref.path for unit in units for ref in unit.objects}
     return named | {entry.path for entry in corpus.list() if not entry.path.startswith(("shards/", "samples/"))}
+
+
+@pytest.mark.slow
+def test_drivers_on_s3_share_the_work_and_a_late_one_adopts_what_was_committed(
+    quiet: Quiet, sharding: Sharding, s3: Requests, tmp_path: Path
+) -> None:
+    shared, late = (Storage.open(f"s3://pictures/{uuid.uuid4().hex}") for _ in range(2))
+    jobs = [sharding(quiet.source, shared) for _ in range(2)]
+    assert [job.end() for job in jobs] == [0, 0], [job.text() for job in jobs]
+    require_finished(shared, quiet.expected)
+
+    source = Path(shutil.copytree(quiet.source, tmp_path / "input"))
+    job = sharding(source, late, prelude=DiesAt(8, "begun", signal.SIGSTOP, S3Objects))
+    job.wait_until_stopped()
+    assert not late.list("_commits") and len(late.list("shards")) == 1
+    (source / "000.png").unlink()
+    result = finish(source, late)
+    assert result.statuses["failed_missing"] == 1
+    sealed = files(late)
+    job.resume()
+    assert job.end() == 0, job.text()
+    require_grown(sealed, files(late))
+    expected = {path: data for path, data in files(late).items() if path in _named(late)}
+    assert require_finished(late, expected).orphans == 2, "its shard and its table"
+    assert verify(VerifyConfig(corpus=late.url, workers=0)).manifest == result.manifest
 
 
 def test_a_driver_that_wakes_up_late_takes_no_later_seal_back(paused: Paused) -> None:

@@ -21,15 +21,18 @@ Environ = dict[str, Any]
 
 
 class Requests:
-    """WSGI in front of moto: counts, can drop the condition of conditional writes."""
+    """WSGI in front of moto: counts changes and listings, can drop the condition of conditional writes."""
 
     def __init__(self, app: Callable[[Environ, Any], Iterable[bytes]]) -> None:
         self.app, self.deaf = app, False
         self.puts: list[str] = []
+        self.listings: list[str] = []
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] in ("PUT", "POST"):
             self.puts.append(environ["PATH_INFO"])
+        if "list-type" in environ["QUERY_STRING"]:
+            self.listings.append(environ["QUERY_STRING"])
         if self.deaf:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         return self.app(environ, start_response)

@@ -7,6 +7,8 @@ from typing import Any
 
 import boto3
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
 from iqpir.errors import UsageError
 from pipeline.storage import Storage
@@ -130,6 +132,16 @@ def test_temporary_files_of_a_crash_are_hidden_but_found(tmp_path: Path) -> None
     (left,) = storage.unfinished()
     storage.discard(left)
     assert storage.unfinished() == []
+
+
+def test_a_listing_in_pages_is_whole(s3: Any) -> None:
+    """A page has a thousand keys; the objects are put into the server from within, for requests would take long."""
+    names = [f"{number:04d}" for number in range(2_345)]
+    for name in names:
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object("pictures", f"pages/{name}", b"x")
+    listings = len(s3.listings)
+    assert [entry.path for entry in Storage.open("s3://pictures/pages").list()] == names
+    assert len(s3.listings) - listings == 1 + 3, "one to see whether the bucket answers, and three pages"
 
 
 def test_open_uploads_of_a_crash_are_hidden_but_found(s3: Any) -> None:
