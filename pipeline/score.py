@@ -23,6 +23,7 @@ from pipeline.commits.units import ActorPool, Failure, RunReport, SchedulingConf
 from pipeline.corpus import Corpus
 from pipeline.documents import stamped, write_document
 from pipeline.layout import metric_facts_path
+from pipeline.metrics import find_metrics
 from pipeline.scoring.cascade import Gate, in_order, parse_cascade
 from pipeline.scoring.passes import Scoring
 from pipeline.scoring.retries import may_be_retried
@@ -150,6 +151,7 @@ def score(config: ScoreConfig) -> ScoreResult:
     manifest = corpus.manifest()
     _require_device(config)
     declared = _declare(corpus, config)
+    _warn_of_licences(config.metrics)
     gates = parse_cascade(config.cascade, config.metrics)
     tasks = _tasks(manifest.units, _done(corpus, declared, config.metrics), gates)
     counts: dict[str, dict[str, Any]] = {
@@ -270,6 +272,14 @@ def _declare(corpus: Corpus, config: ScoreConfig) -> dict[str, dict[str, Any]]:
         policy = {"pixel_policy": asdict(config.pixels)}
         write_document(corpus.storage, metric_facts_path(name, facts["fingerprint"]), stamped({**facts, **policy}))
     return {name: declared[name] for name in config.metrics}
+
+
+def _warn_of_licences(names: Sequence[str]) -> None:
+    """Say once a run which scores may not be used commercially; each file of scores has the licence as well."""
+    bound = [metric for metric in find_metrics(names) if not metric.commercial]
+    for licence in dict.fromkeys(metric.licence for metric in bound):
+        listing = ", ".join(metric.name for metric in bound if metric.licence == licence)
+        log.warning("%s: %s; --commercial-safe refuses such metrics", listing, licence)
 
 
 def _warn_of_failures(counts: Mapping[str, Mapping[str, Any]]) -> None:

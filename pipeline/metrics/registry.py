@@ -96,13 +96,7 @@ def find_metrics(names: Sequence[str], *, commercial_safe: bool = False) -> list
 
 def scorer_digest(scorer: Scorer) -> str:
     """64 hex digits over all tensors of a scorer (parameters, buffers, plain attributes); "" without any."""
-    if not isinstance(scorer, nn.Module):
-        return ""
-    tensors: dict[str, Tensor] = {}
-    for path, module in scorer.named_modules():
-        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
-            if isinstance(value, Tensor) and value.numel():
-                tensors[f"{path}.{name}"] = value
+    tensors = _tensors(scorer)
     if not tensors:
         return ""
     total = hashlib.sha256()
@@ -110,6 +104,24 @@ def scorer_digest(scorer: Scorer) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def scorer_dtypes(scorer: Scorer) -> str:
+    """Number types that a scorer computes with, such as ``float32`` or ``float16, float32``; pictures are float32."""
+    found = {value.dtype for value in _tensors(scorer).values() if value.dtype.is_floating_point}
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found or {torch.float32}))
+
+
+def _tensors(scorer: Scorer) -> dict[str, Tensor]:
+    """All tensors of a scorer by their place in it."""
+    if not isinstance(scorer, nn.Module):
+        return {}
+    return {
+        f"{path}.{name}": value
+        for path, module in scorer.named_modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
+        if isinstance(value, Tensor) and value.numel()
+    }
 
 
 def _find(name: str) -> Metric:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from iqpir.errors import IqpirError, PermanentError, VerificationError
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.commits.records import commit
 from pipeline.corpus import Corpus
 from pipeline.layout import SCORES, TILED_SCORES, scores_path
-from pipeline.metrics import find_metrics, scorer_digest
+from pipeline.metrics import find_metrics, scorer_digest, scorer_dtypes
 from pipeline.scoring.batches import LoadedMetric, Scored
 from pipeline.scoring.cascade import SKIPPED
 from pipeline.scoring.passes import CRASHES, FAILED_DECODE, Known, Scoring, breakage, score_samples
@@ -200,9 +201,11 @@ class UnitScorer:
 
     def _footer(self, name: str, facts: Mapping[str, Any]) -> dict[str, str]:
         """Where the numbers of a file come from, in its own footer."""
-        metric = find_metrics([name])[0]
+        loaded = self._loaded(name)
+        metric = loaded.metric
         batches = {"pixels": self.plan.how.batch_pixels, "pictures": "many" if metric.batchable else "one"}
-        provenance = {**facts, "dtype": "float32", "device": self.plan.device, "batch": batches}
+        used = {"dtype": scorer_dtypes(loaded.scorer), "device": self.plan.device, "torch": torch.__version__}
+        provenance = {**facts, **used, "batch": batches}
         return {
             "metric": metric.name,
             "fingerprint": str(facts["fingerprint"]),

@@ -59,7 +59,11 @@ class Folder:
         return Entry(path, facts.st_size, str(facts.st_mtime_ns), facts.st_mtime)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Files below the folder ``prefix``, in no order; links to files count, links to folders do not."""
+        """Files below the folder ``prefix``, in no order; links to files count, links to folders do not.
+
+        Raises:
+            OSError: a folder cannot be read; what it holds would be missed in silence.
+        """
         return (entry for entry, temporary in self._walk(prefix) if not temporary)
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
@@ -114,7 +118,7 @@ class Folder:
 
     def _walk(self, prefix: str) -> Iterator[tuple[Entry, bool]]:
         top = self._file(prefix)
-        for folder, _, names in os.walk(top):
+        for folder, _, names in os.walk(top, onerror=_require_absent):
             for name in names:
                 file = os.path.join(folder, name)
                 try:
@@ -146,6 +150,12 @@ class Folder:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _require_absent(error: OSError) -> None:
+    """Pass over a folder that is not there, or is a file; raise where one cannot be read."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _open_new(path: Path) -> BufferedWriter:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from iqpir.errors import UsageError
 from pipeline.commits.units import SchedulingConfig
@@ -13,6 +14,7 @@ from pipeline.corpus import Corpus
 from pipeline.curate import CurateConfig, curate
 from pipeline.label import LabelConfig, label, read_label_index, read_labels
 from pipeline.layout import from_parquet
+from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, ScoreResult, score
 from pipeline.scoring.calibration import read_calibration
 from pipeline.scoring.cascade import Gate, Term, in_order, parse_cascade
@@ -109,7 +111,8 @@ def test_every_file_of_scores_says_where_its_numbers_come_from(tmp_path: Path) -
     said = json.loads(footer[b"provenance"])
     assert footer[b"fingerprint"].decode() == said["fingerprint"] == found["fingerprint"]
     assert len(said["weights_sha256"]) == 64 and said["version"] and said["pixels"]
-    assert (said["dtype"], said["device"], said["batch"]) == ("float32", "cpu", {"pixels": 1 << 20, "pictures": "many"})
+    assert (said["dtype"], said["device"], said["batch"]) == ("float32", "cpu", {"pixels": 1 << 18, "pictures": "many"})
+    assert said["torch"] == torch.__version__ and said["licence"] == find_metrics(["rank_judge"])[0].licence
     assert said["cascade"][0]["metric"] == "rank" and said["cascade"][0]["threshold"] == -100
 
 

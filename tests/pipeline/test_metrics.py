@@ -19,7 +19,7 @@ from torch import Tensor
 from iqpir.errors import UsageError
 from iqpir.quality_prior import RANK_FACTS
 from pipeline.fit_metric import FitMetricConfig, fit_metric
-from pipeline.metrics import Scorer, find_metrics, scorer_digest
+from pipeline.metrics import Scorer, find_metrics, scorer_digest, scorer_dtypes
 from pipeline.metrics.distortions import BASIC, KINDS, Picture, distort
 from pipeline.metrics.niqe_model import Niqe, fit_pristine_model, load_pristine_model
 from pipeline.metrics.pyiqa_adapter import NIQE_MODEL, no_reference_metrics
@@ -318,6 +318,13 @@ def test_digest_covers_every_tensor_of_a_scorer() -> None:
     before = scorer_digest(Enlarged(niqe, 1, "mirror"))
     niqe.model[0] = 2.0
     assert scorer_digest(Enlarged(niqe, 1, "mirror")) != before
+
+
+def test_the_number_types_of_a_scorer_are_those_of_its_tensors() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).half())
+    assert scorer_dtypes(network) == "float16, float32"
+    assert scorer_dtypes(torch.nn.Linear(2, 2).double()) == "float64"
+    assert scorer_dtypes(lambda pictures: pictures.mean((1, 2, 3))) == "float32"
 
 
 def test_mirroring_keeps_pixels_and_bicubic_keeps_the_shape() -> None:

@@ -22,7 +22,7 @@ from pipeline.corpus import Corpus
 from pipeline.gc import GcConfig, gc
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
-from pipeline.score import ScoreConfig, ScoringConfig, _require_device, score
+from pipeline.score import ScoreConfig, ScoringConfig, _require_device, _warn_of_licences, score
 from pipeline.scoring.batches import LoadedMetric, score_batch
 from pipeline.scoring.passes import Scoring, score_samples
 from pipeline.scoring.tables import read_scores
@@ -345,6 +345,12 @@ def test_a_cuda_device_is_asked_for_where_the_metrics_run(corpus: Corpus, monkey
     _require_device(dataclasses.replace(there, scheduling=SchedulingConfig(workers=1, gpus=0.25)))
     with pytest.raises(UsageError, match="neither cpu nor cuda"):
         dataclasses.replace(here, device="gpu")
+
+
+def test_scores_that_may_not_be_used_commercially_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_licences(["rank", "piqe", "niqe"])
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("piqe, niqe: pyiqa: PolyForm-Noncommercial") and "--commercial-safe" in said
 
 
 def test_pictures_of_many_sizes_share_a_pass(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
+import os
 import pickle
 import socket
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +193,30 @@ def test_an_endpoint_that_never_answers_is_a_usage_error_in_seconds(s3: Any, mon
 def test_an_unknown_protocol_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="Cannot open what://"):
         Storage.open("what://bucket/x")
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder with a picture, and one in a folder that this process may not read, be it root's or not."""
+    with tempfile.TemporaryDirectory(prefix="iqpir-locked-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "a.png").write_bytes(b"a")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b.png").write_bytes(b"b")
+        (folder / "inner").chmod(0o000)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65_534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            (folder / "inner").chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_an_empty_one(locked: Path) -> None:
+    with pytest.raises(PermissionError, match="inner"):
+        Storage.open(str(locked)).list()
+    assert Storage.open(str(locked / "none")).list() == []
+    assert Storage.open(str(locked / "a.png")).list() == []
