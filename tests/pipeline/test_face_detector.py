@@ -105,8 +105,3 @@ def test_the_job_restores_faces_and_has_an_error_where_there_are_none(weights: P
     assert restore(RestoreConfig(**settings, faces=whole)).restored == 2
     plain = restore(RestoreConfig(**settings))
     assert (plain.restored, plain.skipped) == (2, 0)
-
-
-def test_a_registered_model_says_that_it_restores_no_faces() -> None:
-    with pytest.raises(UsageError, match="Give the checkpoint"):
-        RestoreConfig(model="models:/iqpir@champion", input="a", output="b", faces=FacesConfig(detector="c.onnx"))

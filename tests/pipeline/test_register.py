@@ -18,6 +18,7 @@ from pipeline.register import CANDIDATE, SELF_CHECK, RegisterConfig, RegisterRes
 from pipeline.registry.gate import evaluation_tags
 from pipeline.registry.official import OfficialConfig, official_checkpoint
 from pipeline.registry.registered import fetch_registered
+from pipeline.restore import RestoreConfig, restore
 from pipeline.tracking.runs import open_run, tracking_location
 from tests.conftest import draw_picture
 from tests.pipeline.tiny_checkpoint import write_checkpoint
@@ -143,11 +144,24 @@ def test_the_weights_can_be_fetched_without_running_the_registrys_code(registere
     evil.write_text(f"open({str(canary)!r}, 'w').close()\n" + text)
     try:
         folder = fetch_registered(f"models:/iqpir@{CANDIDATE}", registered.uri)
+        source = registered.root / "pictures"
+        source.mkdir()
+        (source / "1.png").write_bytes(encode_png(draw_picture(1, 32)))
+        restore(
+            RestoreConfig(
+                model=f"models:/iqpir@{CANDIDATE}",
+                input=str(source),
+                output=str(registered.root / "restored"),
+                quality=0.5,
+                tracking_uri=registered.uri,
+            )
+        )
     finally:
         evil.write_text(text)
     picture = encode_png(draw_picture(1, 32))
     ours = Restorer.load(registered.checkpoint).restore(picture, quality=0.5)
     assert Restorer.load(folder).restore(picture, quality=0.5) == ours
+    assert (registered.root / "restored" / "1.png").read_bytes() == ours
     assert not canary.exists()
 
 

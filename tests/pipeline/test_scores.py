@@ -73,9 +73,7 @@ def test_what_a_metric_of_the_loss_should_match_has_to_be_asked(chain: Chain) ->
         chain.data.stage2("x", "y", scores=["piqe", "niqe"])
 
 
-def test_a_registered_model_takes_one_quality() -> None:
-    with pytest.raises(UsageError, match="one quality for all scores"):
-        RestoreConfig(model="models:/iqpir/1", input="a", output="b", quality=[0.1, 0.9])
+def test_each_of_several_qualities_is_a_quality() -> None:
     with pytest.raises(UsageError, match=r"quality 1\.5 is outside"):
         RestoreConfig(model="run", input="a", output="b", quality=[0.1, 1.5])
 
