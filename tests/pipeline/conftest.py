@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pipeline.corpus import Corpus, to_parquet
 from pipeline.documents import publish_table
 from pipeline.layout import (
     SAMPLE_REFERENCE,
+    SAMPLE_SOURCE,
     label_schema,
     labels_index_path,
     labels_path,
@@ -36,6 +38,10 @@ class LabelledCorpus:
     def url(self) -> str:
         return self.corpus.storage.url
 
+    def picture(self, relpath: str) -> Path:
+        """The file that a sample was."""
+        return Path(self.corpus.manifest().facts["generations"][0]["input"]) / relpath
+
 
 MakeCorpus = Callable[..., LabelledCorpus]
 
@@ -55,7 +61,7 @@ def labelled_corpus(tmp_path_factory: pytest.TempPathFactory) -> MakeCorpus:
         url = str(folder / "corpus")
         shard(ShardConfig(input=str(source), corpus=url, min_side=8, workers=0))
         corpus = Corpus(url)
-        rows = corpus.samples(SAMPLE_REFERENCE.names)
+        rows = corpus.samples([*SAMPLE_REFERENCE.names, *SAMPLE_SOURCE.names])
         labels = _labels(corpus, rows["key"].to_pylist())
         _write_view(corpus, rows, labels, held_back)
         return LabelledCorpus(corpus, read_view(corpus, "small"))

@@ -1,7 +1,8 @@
 """Raw scores of good pictures crowd two of ten bins; calibrated quality fills all ten evenly.
 
 The real tables are two of the 70,000 FFHQ pictures (``FFHQ_score_topiq_nr-face.csv``, ``FFHQ_512_score_80.csv``);
-the test of them runs where ``IQPIR_FFHQ_SCORES`` names a folder that holds both, at any depth.
+the test of them runs where ``shared/data`` beside the checkout, or the folder that ``IQPIR_FFHQ_SCORES`` names, holds
+both, at any depth.
 """
 
 import csv
@@ -18,6 +19,7 @@ from pipeline.scoring.calibration import fit_calibration
 TABLES = {"topiq_nr-face": "FFHQ_score_topiq_nr-face.csv", "musiq": "FFHQ_512_score_80.csv"}
 FACTS = {"direction": "higher", "score_range": [0.0, 1.0], "fingerprint": "f"}
 BINS = 10
+FFHQ_SCORES = Path(os.environ.get("IQPIR_FFHQ_SCORES") or Path(__file__).resolve().parents[3] / "shared" / "data")
 Values = NDArray[np.float64]
 
 
@@ -68,10 +70,10 @@ def test_crowded_scores_fill_ten_bins_evenly(rng: np.random.Generator) -> None:
 
 
 def test_the_scores_of_ffhq_fill_ten_bins_evenly() -> None:
-    folder = os.environ.get("IQPIR_FFHQ_SCORES", "")
-    if not folder:
-        pytest.skip("IQPIR_FFHQ_SCORES names no folder with the score tables of FFHQ")
-    raw = _tables(Path(folder))
+    absent = [name for name in TABLES.values() if next(FFHQ_SCORES.rglob(name), None) is None]
+    if absent:
+        pytest.skip(f"{', '.join(absent)} not below {FFHQ_SCORES}; IQPIR_FFHQ_SCORES may name another folder")
+    raw = _tables(FFHQ_SCORES)
     assert len(raw["musiq"]) > 69_000
     assert _share_of_two_bins(raw["musiq"]) > 0.85
     _require_even(raw)

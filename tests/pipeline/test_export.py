@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from pipeline.export import ExportConfig, export
 from pipeline.exports.balance import deal
 from pipeline.exports.beton import BetonPlan, page_size_for, write_beton
 from pipeline.layout import sha256_hex
+from pipeline.storage import Storage
+from tests.pipeline.corpus.conftest import s3 as s3
+from tests.pipeline.corpus.conftest import s3_server as s3_server
 
 
 def has_ffcv() -> bool:
@@ -61,6 +65,21 @@ def test_files_are_the_original_bytes_with_their_labels(made: Any, tmp_path: Pat
         assert sha256_hex(data) == row["sha256"]
         assert label["quality"] == row["quality"]
         assert label["split"] == row["split"]
+        assert (tmp_path / "out" / label["member"]).read_bytes() == made.picture(label["relpath"]).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["files", "tar"])
+def test_an_export_to_a_bucket_is_that_to_a_folder(form: str, made: Any, s3: Any, tmp_path: Path) -> None:
+    bucket = Storage.open(f"s3://pictures/{uuid.uuid4().hex}")
+    here = ExportConfig(corpus=made.url, view="small", format=form, output=str(tmp_path / "out"), shard_bytes=12_000)  # type: ignore[arg-type]
+    there = dataclasses.replace(here, output=bucket.url)
+    assert export(here).sha256 == export(there).sha256
+    assert {entry.path: bucket.read(entry.path) for entry in bucket.list()} == files_below(tmp_path / "out")
+    s3.puts.clear()
+    assert not export(there).written and s3.puts == []
+    bucket.remove("export.json")  # as if it had been cut off right before its end
+    assert export(there).written
+    assert {entry.path: bucket.read(entry.path) for entry in bucket.list()} == files_below(tmp_path / "out")
 
 
 def test_sized_files_are_square_pngs(made: Any, tmp_path: Path) -> None:
@@ -354,12 +373,12 @@ def test_a_balanced_export_has_all_samples_once_and_its_labels_say_where(made: A
     tars = sorted((tmp_path / "out").glob("*.tar"))
     assert len(tars) == 3
     found = [
-        (path.name, sample["__key__"])
+        (path.name, sample["__key__"], json.loads(sample["json"])["relpath"])
         for path in tars
         for sample in webdataset.WebDataset(str(path), shardshuffle=False)
     ]
-    assert found == [(label["file"], label["key"]) for label in labels]
-    assert {key for _, key in found} == set(made.view.table["key"].to_pylist())
+    assert found == [(label["file"], label["key"], label["relpath"]) for label in labels]
+    assert {key for _, key, _ in found} == set(made.view.table["key"].to_pylist())
     medians = [np.median([label["quality"] for label in labels if label["file"] == path.name]) for path in tars]
     everything = made.view.table["quality"].to_numpy()
     assert np.abs(np.array(medians) - np.median(everything)).max() < np.std(everything)
