@@ -71,6 +71,8 @@ class EvaluateConfig:
     outside: list[str] = field(default_factory=list)
     """Metrics that judge from outside the loss; by default those of ``metrics`` that the training did not have in its
     prior, else rank_judge."""
+    weights_uri: str = ""
+    """Folder or URL with weight files of the metrics, as in jobs/score.py."""
     degradation: str = ""
     """Preset of the degradation; the one of the checkpoint's training by default."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
@@ -216,7 +218,7 @@ def _evaluated(config: EvaluateConfig, corpus: Corpus, view: View, directory: Pa
         return earlier
     hq = _pictures(corpus, rows, found.network_config.image_size, config)
     lq = [degraded.picture(number, row["key"], hq[number]) for number, row in enumerate(rows)]
-    judge = Judge(calibration, metrics, config.device, hq, judges.maps)
+    judge = Judge(calibration, metrics, config.device, hq, judges.maps, config.weights_uri)
     require_current_metrics(corpus, calibration, judge.scorers)
     restorer = Restorer.load(directory, device=config.device)
     if config.latents == "continuous":

@@ -49,7 +49,10 @@ class Stage2Training(Training):
     """Largest side in pixels that the metrics of the quality loss see, which bounds their cost; 0: all of them."""
     prior_bound: Literal["crop", "resize"] = "crop"
     """How ``prior_max_side`` is kept: a part of the picture, at another place in each step, or all of it smaller."""
+    weights_uri: str = ""
+    """Folder or URL with weight files of the prior's metrics, as in jobs/score.py."""
     stage_name: ClassVar[str] = "stage2"
+    operational: ClassVar[frozenset[str]] = Training.operational | {"weights_uri"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +119,9 @@ def degradation_for(name: str, image_size: int) -> DegradationConfig:
 def prior_of(training: Stage2Training) -> PriorConfig:
     """The quality loss's metrics and their bound."""
     side = training.prior_max_side or None
-    return PriorConfig(metrics=training.prior, max_side=side, bound=training.prior_bound)
+    return PriorConfig(
+        metrics=training.prior, max_side=side, bound=training.prior_bound, weights_uri=training.weights_uri
+    )
 
 
 def asked_apart(training: Stage2Training) -> bool:

@@ -63,6 +63,7 @@ class Judge:
         device: where they run.
         hq: the originals.
         further: metric -> map, of metrics that are measured and not part of the quality.
+        weights_uri: mirror of the metrics' weight files; "": they are in the caches of libraries.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Judge:
         device: str,
         hq: list[Picture],
         further: Mapping[str, ScoreMap] | None = None,
+        weights_uri: str = "",
     ) -> None:
         self.calibration, self.hq, self.further = calibration, hq, further or {}
-        self.scorers = _scorers(metrics, device)
-        self._others = _scorers(list(self.further), device)
+        self.scorers = _scorers(metrics, device, weights_uri)
+        self._others = _scorers(list(self.further), device, weights_uri)
 
     def measure(self, pictures: list[Picture]) -> Measured:
         """Figures of ``pictures``, uint8 RGB HWC, in the order of the HQ ones."""
@@ -90,8 +92,9 @@ class Judge:
         )
 
 
-def _scorers(names: list[str], device: str) -> dict[str, Scorer]:
-    return {metric.name: metric.scorer(device, None) for metric in find_metrics(names)} if names else {}
+def _scorers(names: list[str], device: str, weights_uri: str) -> dict[str, Scorer]:
+    found = find_metrics(names) if names else []
+    return {metric.name: metric.scorer(device, weights_uri or None) for metric in found}
 
 
 def _psnr(hq: Picture, picture: Picture) -> float:

@@ -10,7 +10,7 @@ from iqpir.quality_prior import PiecewiseLinear, QualityPrior
 from pipeline.corpus import Corpus
 from pipeline.judging.outside import held_out
 from pipeline.metrics import find_metrics
-from pipeline.scoring.calibration import read_calibration
+from pipeline.scoring.calibration import Calibration, read_calibration
 from pipeline.view import View, read_view
 
 
@@ -24,6 +24,8 @@ class PriorConfig:
     """Largest side that they see; None: all of it."""
     bound: Literal["crop", "resize"] = "crop"
     """How larger pictures are brought to it."""
+    weights_uri: str = ""
+    """Mirror of the metrics' weight files; "": they are in the caches of libraries."""
 
 
 def check_prior(corpus: Corpus, view: View, config: PriorConfig) -> None:
@@ -45,16 +47,22 @@ def build_prior(corpus: Corpus, reference: str, config: PriorConfig, device: tor
         UsageError: as for ``check_prior``.
     """
     view = read_view(corpus, reference)
-    calibration = read_calibration(corpus, view.facts["calibration_name"])
+    return prior_by(read_calibration(corpus, view.facts["calibration_name"]), view.reference, config, device)
+
+
+def prior_by(calibration: Calibration, reference: str, config: PriorConfig, device: torch.device) -> QualityPrior:
+    """As ``build_prior``, by the calibration of the labels of the view ``reference``."""
     maps = {}
     for name in config.metrics:
         if name not in calibration.metrics:
             raise UsageError(
-                f"The labels of view {view.reference} have no metric {name!r}.",
+                f"The labels of view {reference} have no metric {name!r}.",
                 f"Choose among {', '.join(calibration.metrics)}, or score and label with {name} first.",
             )
         found = calibration.metrics[name]
         # The paper's minmax reaches 0 and 1; clamped there, it would not lead back what is worse than the corpus.
         maps[name] = PiecewiseLinear(found.knots, found.values, open_ends=True)
-    scorers = {metric.name: metric.scorer(device) for metric in find_metrics(config.metrics)}
+    scorers = {
+        metric.name: metric.scorer(device, config.weights_uri or None) for metric in find_metrics(config.metrics)
+    }
     return QualityPrior(scorers, maps, max_side=config.max_side, bound=config.bound).to(device)
