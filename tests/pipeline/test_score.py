@@ -20,6 +20,7 @@ from pipeline.command import parse
 from pipeline.commits.units import LostWorkerError, SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.gc import GcConfig, gc
+from pipeline.label import LabelConfig, label
 from pipeline.layout import SCORES
 from pipeline.metrics import find_metrics
 from pipeline.score import ScoreConfig, ScoringConfig, _require_device, _warn_of_licences, score
@@ -223,6 +224,8 @@ def test_a_retry_scores_what_failed_and_what_waited_for_it_and_changes_nothing_e
     first = score(config).metrics
     failed = first["moody"]["failed"]
     assert 0 < failed < 8 and first["rank"]["skipped"] == failed
+    labels = LabelConfig(corpus=corpus.storage.url, metrics=config.metrics)
+    assert (found := label(labels)).version == 1 and found.unlabelled == failed
     before = files(corpus.storage)
 
     retrying = dataclasses.replace(config, retry=True)
@@ -237,6 +240,7 @@ def test_a_retry_scores_what_failed_and_what_waited_for_it_and_changes_nothing_e
     for unit in read_scores(corpus, facts):
         for name in config.metrics:
             assert set(unit.statuses[name].to_pylist()) == {"success"} and np.isfinite(unit.raw[name]).all()
+    assert (found := label(labels)).version == 2 and found.unlabelled == 0
     verify(VerifyConfig(corpus=corpus.storage.url, workers=0))
     assert gc(GcConfig(corpus=corpus.storage.url, grace_hours=0.0)).orphans == 0
     steps = status(StatusConfig(corpus=corpus.storage.url)).steps
@@ -313,10 +317,14 @@ def test_workers_on_ray_and_this_process_give_the_same_scores(tmp_path: Path, lo
     tables = []
     for name, flag in (("here", "--scheduling.workers=0"), ("ray", "--scoring.actors=1..2")):
         corpus = drawn_corpus(tmp_path / name, count=2, unit_samples=4)
-        score(parse(ScoreConfig, ["--corpus", corpus.storage.url, "--metrics=[rank]", flag], "score"))
+        flags = ["--corpus", corpus.storage.url, "--metrics=[rank]"]
+        score(parse(ScoreConfig, [*flags, flag], "score"))
         tables.append(_scores(corpus, "rank").drop_columns(["seconds"]).sort_by("key"))
     assert tables[0]["key"].equals(tables[1]["key"])
     np.testing.assert_allclose(tables[0]["raw"].to_numpy(), tables[1]["raw"].to_numpy(), atol=1e-5)
+    shared = [*flags, "--tiling.size=40", "--scoring.actors=1..2", "--scheduling.gpus=0.25"]
+    with pytest.raises(UsageError, match=r"No node has 1 CPUs and 0\.25 GPUs for one worker"):
+        score(parse(ScoreConfig, shared, "score"))
 
 
 @pytest.mark.parametrize(("said", "pool"), [("4", (4, 4)), (4, (4, 4)), ("1..4", (1, 4)), ("", (0, 1))])
