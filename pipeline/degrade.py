@@ -15,16 +15,19 @@ from iqpir.config import NetworkConfig, digest, preset
 from iqpir.degradation.parameters import (
     DegradationConfig,
     DegradationParameters,
-    degradation_preset,
     parameters_for_key,
     sample_parameters,
-    scaled,
 )
 from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode, encode_png
+from iqpir.stages.stage3 import Stage3Config
+from iqpir.training.order import position_of
+from pipeline.command import from_dict
 from pipeline.corpus import Corpus, to_parquet
 from pipeline.progress import progress
+from pipeline.stage2 import degradation_for
+from pipeline.stage3 import PhasedDegradation
 from pipeline.storage import Storage
 from pipeline.training.feed import FeedConfig, Fit, Samples, fit_picture
 from pipeline.view import View, read_view
@@ -101,6 +104,14 @@ class Recipe:
     seed: int
     fit: Fit
     flip: bool
+    schedule: PhasedDegradation | None = None
+    """Where it changes during a training, as in stage 3."""
+
+    def at(self, epoch: int, index: int, samples: int) -> DegradationConfig:
+        """The degradation of sample ``index`` of so many in ``epoch``."""
+        if self.schedule is None:
+            return self.degradation
+        return self.schedule(position_of(epoch, index, samples, self.seed))
 
 
 def degrade(config: DegradeConfig) -> DegradeResult:
@@ -124,7 +135,7 @@ def _recipe(config: DegradeConfig) -> Recipe:
         return Recipe(
             config.view,
             network,
-            scaled(degradation_preset(config.degradation), network.image_size),
+            degradation_for(config.degradation, network.image_size),
             config.seed,
             config.fit,
             config.flip,
@@ -138,14 +149,22 @@ def _recipe(config: DegradeConfig) -> Recipe:
     if "pairs" in run["lineage"]:
         raise UsageError(f"The run {config.run} was trained on pairs.", "Its degraded pictures are a corpus already.")
     network = NetworkConfig.from_dict(run["network"])
+    strong = degradation_for(run["training"]["degradation"], network.image_size)
     return Recipe(
         config.view or run["lineage"]["view_name"],
         network,
-        scaled(degradation_preset(run["training"]["degradation"]), network.image_size),
+        strong,
         int(run["training"]["seed"]),
         run["fit"],
         bool(run["flip"]),
+        _phases(run["training"], strong, network.image_size) if run["stage"] == "stage3" else None,
     )
+
+
+def _phases(training: dict[str, Any], strong: DegradationConfig, image_size: int) -> PhasedDegradation:
+    """Stage 3 degrades lightly in steps with fidelity."""
+    light = degradation_for(training["light_degradation"], image_size)
+    return PhasedDegradation(strong, light, from_dict(Stage3Config, training["stage"]), training["batch_size"])
 
 
 def _replay(config: DegradeConfig, recipe: Recipe, view: View, target: Storage) -> DegradeResult:
@@ -160,7 +179,8 @@ def _replay(config: DegradeConfig, recipe: Recipe, view: View, target: Storage) 
     index = keys.index(config.key)
     feed = FeedConfig(fit=recipe.fit, flip=recipe.flip, pixels=config.pixels)
     samples = Samples(config.corpus, rows, feed, recipe.network, recipe.degradation, None, recipe.seed)
-    item = samples.prepare(samples.hq(index), config.epoch, index, recipe.degradation)
+    degradation = recipe.at(config.epoch, index, len(keys))
+    item = samples.prepare(samples.hq(index), config.epoch, index, degradation)
     if item.lq is None:
         raise UsageError("The recipe degrades nothing.")
     facts = {
@@ -171,8 +191,8 @@ def _replay(config: DegradeConfig, recipe: Recipe, view: View, target: Storage) 
         "flipped": item.flipped,
         "view": view.reference,
         "view_digest": view.digest,
-        "degradation": recipe.degradation.to_dict(),
-        "parameters": sample_parameters(recipe.degradation, recipe.seed, config.epoch, index).to_dict(),
+        "degradation": degradation.to_dict(),
+        "parameters": sample_parameters(degradation, recipe.seed, config.epoch, index).to_dict(),
     }
     stem = f"{config.key}-e{config.epoch}"
     names = [f"{stem}.hq.png", f"{stem}.lq.png", f"{stem}.json"]

@@ -78,7 +78,7 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
     """In the driver: stage 1 and its codes belong to this view's calibration; the prior has gradients."""
     found = load_stage1(training.stage1)
     lineage = lineage_of(corpus, view)
-    require_same_calibration(found, lineage, view)
+    require_same_calibration(found, lineage, view, training.network)
     lineage["stage1"] = str(found.metadata["stage1_digest"])
     network = network_config(training, found.network_config, **bins_of(training.scores))
     check_scores(training.scores, network, view)
@@ -96,11 +96,19 @@ def prepare(training: Stage2Training, corpus: Corpus, view: View) -> Prepared:
     return Prepared(network, lineage, facts)
 
 
-def require_same_calibration(found: checkpoint.Checkpoint, lineage: Mapping[str, str], view: View) -> None:
-    """Refuse a checkpoint for which quality means something else than for the view.
+def require_same_calibration(
+    found: checkpoint.Checkpoint, lineage: Mapping[str, str], view: View, network: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint for which quality, or high quality, means something else than for the view.
+
+    Args:
+        found: of an earlier stage.
+        lineage: of this training.
+        view: what it trains on.
+        network: the user's own fields of the network, which win over the view's labels (``network_config``).
 
     Raises:
-        VerificationError: the calibration digests differ.
+        VerificationError: the calibration digests, or the thresholds of the HQ+ codebook, differ.
     """
     theirs = found.metadata["lineage"].get("calibration")
     if theirs != lineage["calibration"]:
@@ -108,6 +116,13 @@ def require_same_calibration(found: checkpoint.Checkpoint, lineage: Mapping[str,
             f"{found.stage} was trained with calibration {theirs}, the view {view.reference} has "
             f"{lineage['calibration']}: quality would mean two things.",
             "Use a checkpoint of the view's own labels, or curate a view from the labels it was trained with.",
+        )
+    wanted = view.facts["hq_threshold"]
+    if "hq_threshold" not in network and found.network_config.hq_threshold != wanted:
+        raise VerificationError(
+            f"{found.stage} took qualities above {found.network_config.hq_threshold} for high, the view "
+            f"{view.reference} those above {wanted}.",
+            "Use a checkpoint of the view's own labels, or give --network.hq_threshold the value of the checkpoint.",
         )
 
 

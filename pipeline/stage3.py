@@ -71,7 +71,7 @@ def prepare(training: Stage3Training, corpus: Corpus, view: View) -> Prepared:
     if found.stage != "stage2":
         raise UsageError(f"{training.stage2} is a checkpoint of {found.stage}, not of stage 2.")
     lineage = lineage_of(corpus, view)
-    require_same_calibration(found, lineage, view)
+    require_same_calibration(found, lineage, view, training.network)
     # Stage 2 trained the encoder: the codes are those of the stage 1 that it started from.
     lineage["stage1"] = str(found.metadata["lineage"]["stage1"])
     lineage["stage2"] = str(found.metadata["weights_digest"])

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 from iqpir.errors import UsageError, VerificationError
@@ -15,8 +16,8 @@ _NAME = re.compile(r"step_(\d{8})-a(\d+)")
 class FolderSink:
     """Keeps checkpoints as ``folder/step_00000100-a1``.
 
-    The attempt ``a`` is one more than the highest in the folder when this is created, so a restarted
-    training never writes into what an earlier attempt left behind.
+    A training that is started again, or twice at once, never writes into what another attempt wrote: each has
+    its number ``a``.
 
     Args:
         folder: created when the first checkpoint is kept.
@@ -31,7 +32,20 @@ class FolderSink:
             raise UsageError(f"Keeping {keep} checkpoints is not possible.", "Keep at least 1, better 2.")
         self.folder = folder
         self.keep = keep
-        self.attempt = 1 + max((attempt for _, attempt, _ in self._kept()), default=0)
+
+    @cached_property
+    def attempt(self) -> int:
+        """Number of this attempt, taken when it first writes: the file ``attempts/a1`` is made by one alone."""
+        claims = self.folder / "attempts"
+        claims.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((attempt for _, attempt, _ in self._kept()), default=0)
+        while True:
+            try:
+                (claims / f"a{number}").touch(exist_ok=False)
+            except FileExistsError:
+                number += 1
+                continue
+            return number
 
     def save(self, directory: Path, step: int) -> None:
         """Move ``directory`` in under its final name, then remove what is more than ``keep``."""

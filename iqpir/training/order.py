@@ -46,7 +46,7 @@ def permute(place: int, count: int, key: int) -> int:
     """
     if not 0 <= place < count:
         raise IndexError(f"place {place} is outside range({count})")
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    half = _half(count)
     mask = (1 << half) - 1
     while True:
         left, right = place >> half, place & mask
@@ -55,6 +55,26 @@ def permute(place: int, count: int, key: int) -> int:
         place = (left << half) | right
         if place < count:
             return place
+
+
+def place_of(permuted: int, count: int, key: int) -> int:
+    """Inverse of ``permute``: the place that goes to ``permuted``."""
+    if not 0 <= permuted < count:
+        raise IndexError(f"place {permuted} is outside range({count})")
+    half = _half(count)
+    mask = (1 << half) - 1
+    while True:
+        left, right = permuted >> half, permuted & mask
+        for turn in reversed(range(_ROUNDS)):
+            left, right = right ^ (mix(key ^ mix((left << 8) | turn)) & mask), left
+        permuted = (left << half) | right
+        if permuted < count:
+            return permuted
+
+
+def _half(count: int) -> int:
+    """Bits of each half of the network's words: two halves hold ``count`` places."""
+    return max(1, ((count - 1).bit_length() + 1) // 2)
 
 
 def sample_at(position: int, count: int, seed: int) -> tuple[int, int]:
@@ -72,6 +92,11 @@ def sample_at(position: int, count: int, seed: int) -> tuple[int, int]:
         raise UsageError("The view has no samples.", "Loosen its condition or choose another split.")
     epoch, place = divmod(position, count)
     return epoch, permute(place, count, derive_key(seed, epoch))
+
+
+def position_of(epoch: int, index: int, count: int, seed: int) -> int:
+    """Inverse of ``sample_at``: the position at which sample ``index`` is seen in ``epoch``."""
+    return epoch * count + place_of(index, count, derive_key(seed, epoch))
 
 
 def rank_slice(global_batch: int, rank: int, world_size: int) -> slice:

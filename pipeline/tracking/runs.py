@@ -25,6 +25,7 @@ from pipeline.tracking.courier import UNAVAILABLE, RunHandle
 from pipeline.tracking.run_log import RunLog, end_run
 
 __all__ = [
+    "AwayError",
     "RunHandle",
     "RunLog",
     "end_run",
@@ -32,12 +33,18 @@ __all__ = [
     "log_dataset",
     "open_run",
     "reachable",
+    "shown",
     "tracking_location",
     "wait_at_most",
 ]
 
 RUN_KEY = "run_key"
 """Tag that identifies a run over retries, resizes and resubmissions."""
+
+
+class AwayError(UsageError):
+    """The tracking server does not answer, or refuses."""
+
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _MAX_PARAM, _MAX_TAG, _BATCH = 6000, 5000, 100
@@ -78,7 +85,7 @@ def reachable(tracking_uri: str) -> None:
     """Prove within seconds that the tracking server answers and lets us in.
 
     Raises:
-        UsageError: it does not.
+        AwayError: it does not.
     """
     wait_at_most(10, 2)
     parts = urlsplit(tracking_uri)
@@ -89,7 +96,7 @@ def reachable(tracking_uri: str) -> None:
             verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
             answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=5, verify=verify)
             if answer.status_code >= 500:
-                raise UsageError(f"MLflow at {_shown(tracking_uri)} answers {answer.status_code}.", remedy)
+                raise AwayError(f"MLflow at {shown(tracking_uri)} answers {answer.status_code}.", remedy)
         elif parts.hostname:
             port = parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0], 0)
             socket.create_connection((parts.hostname, port), timeout=5).close()
@@ -97,7 +104,7 @@ def reachable(tracking_uri: str) -> None:
             _sqlite_path(tracking_uri).parent.mkdir(parents=True, exist_ok=True)
         MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
     except UNAVAILABLE as error:
-        raise UsageError(f"MLflow at {_shown(tracking_uri)} cannot be used: {_first_line(error)}", remedy) from error
+        raise AwayError(f"MLflow at {shown(tracking_uri)} cannot be used: {_first_line(error)}", remedy) from error
 
 
 def open_run(
@@ -122,7 +129,8 @@ def open_run(
         tags: text to text.
 
     Raises:
-        UsageError: the server is away or refuses, or two runs have that key.
+        AwayError: the server is away or refuses.
+        UsageError: two runs have that key, or the experiment was deleted.
     """
     reachable(tracking_uri)
     client = MlflowClient(tracking_uri=tracking_uri)
@@ -134,7 +142,7 @@ def open_run(
         client.update_run(run.info.run_id, status="RUNNING")
         _describe(client, run, _flat(params), {str(key): str(value) for key, value in tags.items()})
     except UNAVAILABLE as error:
-        raise UsageError(f"MLflow at {_shown(tracking_uri)} refuses: {_first_line(error)}") from error
+        raise AwayError(f"MLflow at {shown(tracking_uri)} refuses: {_first_line(error)}") from error
     return RunHandle(run.info.run_id, experiment_id, tracking_uri)
 
 
@@ -169,7 +177,7 @@ def log_dataset(handle: RunHandle, name: str, digest: str, source: str, context:
         context: ``training`` or ``evaluation``.
 
     Raises:
-        UsageError: the server does not take it.
+        AwayError: the server does not take it.
     """
     url = source if "://" in source else Path(source).resolve().as_uri()
     scheme = urlsplit(url).scheme
@@ -179,8 +187,8 @@ def log_dataset(handle: RunHandle, name: str, digest: str, source: str, context:
     try:
         MlflowClient(tracking_uri=handle.tracking_uri).log_inputs(handle.run_id, datasets=[entry])
     except UNAVAILABLE as error:
-        raise UsageError(
-            f"MLflow at {_shown(handle.tracking_uri)} does not take the dataset {name}: {_first_line(error)}"
+        raise AwayError(
+            f"MLflow at {shown(handle.tracking_uri)} does not take the dataset {name}: {_first_line(error)}"
         ) from error
 
 
@@ -265,7 +273,7 @@ def _sqlite_path(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """The URI without a password."""
     return re.sub(r"//[^/@]*@", "//***@", uri)
 

@@ -1,9 +1,12 @@
 """Keep checkpoints at a URL: payload first, ``MANIFEST.json`` last, only what verifies is loaded."""
 
+import atexit
 import logging
 import re
+import secrets
 import shutil
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 from iqpir.errors import UsageError, VerificationError
@@ -19,9 +22,8 @@ _NAME = re.compile(r"^step_(\d{8})-a(\d+)$")
 class CheckpointStore:
     """The checkpoints of one run, under ``<run url>/checkpoints/step_00000100-a1`` (a ``CheckpointSink``).
 
-    The attempt is part of the name, one more than any there is when this is created, so a writer that was
-    believed dead cannot mix its files with its successor's. A directory without a manifest is an
-    unfinished upload and is never read.
+    The attempt is part of the name, so a writer that was believed dead, or one that runs at the same time, cannot
+    mix its files with another's. A directory without a manifest is an unfinished upload and is never read.
 
     Args:
         storage: the run's ``checkpoints`` folder.
@@ -31,7 +33,14 @@ class CheckpointStore:
     def __init__(self, storage: Storage, keep: int) -> None:
         self.storage = storage
         self.keep = keep
-        self.attempt = 1 + max((attempt for _, attempt, _, _ in self._found()), default=0)
+
+    @cached_property
+    def attempt(self) -> int:
+        """Number of this attempt, taken when it first writes: the object ``attempts/a1`` has one maker."""
+        number, ours = 1 + max((attempt for _, attempt, _, _ in self._found()), default=0), secrets.token_bytes(16)
+        while self.storage.create(f"attempts/a{number}", ours) != ours:
+            number += 1
+        return number
 
     def save(self, directory: Path, step: int) -> None:
         """Publish a local checkpoint directory as that of ``step``, and remove the local one."""
@@ -92,14 +101,14 @@ def fetch_checkpoint(url: str, into: Path | None = None) -> Path:
 
     Args:
         url: a checkpoint directory, or a run's folder, of which the newest checkpoint is taken.
-        into: folder for the copy of a remote one; a temporary one by default.
+        into: folder for the copy of a remote one; by default one that goes when this process ends.
 
     Raises:
         UsageError: there is no checkpoint.
         VerificationError: files differ from the manifest.
     """
     storage = Storage.open(url)
-    into = into or Path(tempfile.mkdtemp(prefix="iqpir-checkpoint-"))
+    into = into or storage.local("") or _temporary()
     if not storage.exists(MANIFEST):
         found = checkpoint_sink(url).latest(into)
         if found is None:
@@ -114,6 +123,12 @@ def fetch_checkpoint(url: str, into: Path | None = None) -> Path:
             _copy(storage, entry.path, directory)
     verify(directory)
     return directory
+
+
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="iqpir-checkpoint-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def load_stage1(url: str) -> Checkpoint:

@@ -1,6 +1,7 @@
 """What the training of every stage has in common: its configuration, what a stage adds, how it ended."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,8 +93,15 @@ class Training:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise UsageError(f"{self.name!r} is no name for a run.", "Use letters, digits, - and _.")
-        if self.batch_size < 1 or self.batch_size % self.workers.count:
-            raise UsageError(f"batch_size {self.batch_size} is no multiple of workers.count {self.workers.count}.")
+        counts = range(self.workers.min_count or self.workers.count, self.workers.count + 1)
+        odd = [count for count in counts if self.batch_size < 1 or self.batch_size % count]
+        if odd:
+            shared = [count for count in range(1, self.batch_size + 1) if self.batch_size % count == 0]
+            raise UsageError(
+                f"batch_size {self.batch_size} cannot be shared evenly by {odd[0]} workers, and "
+                f"workers.min_count {self.workers.min_count} to workers.count {self.workers.count} allows as many.",
+                f"Take a multiple of {math.lcm(*counts)}, or numbers of workers between which all are of {shared}.",
+            )
         self.fit_config()
 
     def fit_config(self) -> FitConfig:

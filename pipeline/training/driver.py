@@ -1,11 +1,12 @@
 """Train a stage: check everything in the driver, start workers, resume what an earlier start left.
 
 A run is a folder ``<runs>/<name>`` with ``run.json`` (what it is made from; another configuration under the
-same name is refused) and ``checkpoints/``. The same command continues it, on any number of workers.
+same name is refused), ``mlflow.json`` and ``checkpoints/``. The same command continues it, on any number of workers.
 """
 
 import dataclasses
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +22,13 @@ from pipeline.layout import to_json
 from pipeline.stopping import StoppedError
 from pipeline.storage import Storage
 from pipeline.tracking.runs import (
+    AwayError,
     RunHandle,
     end_run,
     log_dataset,
     open_run,
     reachable,
+    shown,
     tracking_location,
 )
 from pipeline.training.config import RESULT, Prepare, Prepared, Training, TrainResult
@@ -34,14 +37,18 @@ from pipeline.training.signs import Signs
 from pipeline.training.step_meter import watching
 from pipeline.view import View, read_view
 
+log = logging.getLogger(__name__)
 RUN = "run.json"
+TRACKED = "mlflow.json"
+"""In the folder of a run: which run of MLflow it is."""
 
 
 def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[str, Any]], None]) -> TrainResult:
     """Driver of every stage: check, claim the run, track it, start the workers, collect the result.
 
     Raises:
-        UsageError: corpus, view, stage-1 checkpoint or MLflow server are absent; the name belongs to another run.
+        UsageError: corpus, view or stage-1 checkpoint are absent; the name belongs to another run.
+        AwayError: the MLflow server is, and this is the first start.
         VerificationError: an artifact is not what its digest says.
         PermanentError: the workers failed for good.
     """
@@ -52,15 +59,13 @@ def run_training(training: Training, prepare: Prepare, worker: Callable[[dict[st
     prepared = prepare(training, corpus, view)
     storage = Storage.open(training.run_url)
     finished = _finished(storage, training.steps)
-    if finished is None:
+    if finished is None and not storage.exists(TRACKED):
         # Before the name is claimed: a server that is away leaves nothing behind.
-        reachable(tracking_location(training.tracking_uri))
-    if not storage.exists(RUN):  # the name of a run that cannot start is not taken
         reachable(tracking_location(training.tracking_uri))
     identity = _claim(training, prepared, storage)
     if finished is not None:
         return _result(training, storage, finished, "done earlier", prepared, started)
-    handle = _track(training, prepared, view, identity)
+    handle = tracked_run(training, prepared, view, identity, storage)
     signs = Signs(storage)
     plan = {
         "training": dataclasses.asdict(training),
@@ -133,6 +138,31 @@ def _finished(storage: Storage, steps: int) -> dict[str, Any] | None:
         if entry.path.startswith(f"checkpoints/step_{steps:08d}-") and entry.path.endswith(MANIFEST)
     ]
     return result if result["step"] >= steps and complete else None
+
+
+def tracked_run(training: Training, prepared: Prepared, view: View, identity: str, storage: Storage) -> RunHandle:
+    """The training's run in MLflow; the one of an earlier start while the server is away.
+
+    Raises:
+        AwayError: this is the first start, or the first that names this server.
+    """
+    uri = tracking_location(training.tracking_uri)
+    known = json.loads(storage.read(TRACKED)) if storage.exists(TRACKED) else {}
+    try:
+        handle = _track(training, prepared, view, identity)
+    except AwayError as error:
+        if known.get("server") != shown(uri):
+            raise
+        log.warning(
+            "TRAINING GOES ON WITHOUT MLFLOW: %s What it logs waits in %s and is delivered when the server is back.",
+            error,
+            _spool_folder(),
+        )
+        return RunHandle(known["run_id"], known["experiment_id"], uri)
+    facts = {"run_id": handle.run_id, "experiment_id": handle.experiment_id, "server": shown(uri)}
+    if facts != known:
+        storage.publish(TRACKED, to_json(facts))
+    return handle
 
 
 def _track(training: Training, prepared: Prepared, view: View, identity: str) -> RunHandle:

@@ -1,5 +1,6 @@
 """A degradation can be made again: the one of a training by key and epoch, and a view's fixed pairs."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from iqpir.degradation.parameters import PRESETS, DegradationParameters, paramet
 from iqpir.degradation.picture import degrade as degrade_as_fed
 from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
+from iqpir.stages.stage3 import Stage3Config
 from pipeline.degrade import DegradeConfig, degrade, parameters_of
+from pipeline.stage3 import PhasedDegradation
 from pipeline.training.feed import FeedConfig, Samples
 
 TINY = {"preset": "tiny32", "degradation": "tiny32"}
@@ -99,6 +102,40 @@ def test_a_run_says_how_it_degraded(made: Any, tmp_path: Path) -> None:
     )
     assert by_run.digest == by_hand.digest
     assert np.array_equal(pixels(by_run.files[1]), pixels(by_hand.files[1]))
+
+
+def test_a_replay_of_stage_3_has_the_degradation_of_its_step(made: Any, tmp_path: Path) -> None:
+    stage = Stage3Config(first_steps=2, second_steps=1, code_steps=2, fidelity_every=3)
+    run = {
+        "stage": "stage3",
+        "training": {
+            "seed": 5,
+            "batch_size": 2,
+            "degradation": "tiny32",
+            "light_degradation": "fidelity",
+            "stage": dataclasses.asdict(stage),
+        },
+        "fit": "resize",
+        "flip": True,
+        "network": preset("tiny32").to_dict(),
+        "lineage": {"view_name": made.view.reference},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    rows = made.view.split("train")
+    strong, light = scaled(PRESETS["tiny32"], 32), scaled(PRESETS["fidelity"], 32)
+    schedule = PhasedDegradation(strong, light, stage, 2)
+    feed = FeedConfig(fit="resize")
+    samples = Samples(made.url, rows, feed, preset("tiny32"), strong, None, 5, schedule)
+    kinds = set()
+    for position in range(4 * len(samples)):
+        item = samples[position]
+        key, epoch = rows["key"][item.index].as_py(), position // len(samples)
+        config = DegradeConfig(corpus=made.url, run=str(tmp_path), key=key, epoch=epoch, output=str(tmp_path / "out"))
+        _, lq, record = degrade(config).files
+        assert item.lq is not None
+        assert np.array_equal(pixels(lq), item.lq)
+        kinds.add(json.loads(Path(record).read_text())["degradation"] == light.to_dict())
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("name", ["tiny32", "underwater", "colourisation"])

@@ -21,11 +21,15 @@ from pipeline.corpus import Corpus
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.restore import RECORD, RestoreConfig, restore
-from pipeline.stage1 import train_stage1
+from pipeline.stage1 import prepare, train_stage1
 from pipeline.stage2 import train_stage2
 from pipeline.stage3 import Stage3Training, train_stage3
 from pipeline.stage3 import prepare as prepare_stage3
+from pipeline.storage import Storage
+from pipeline.tracking.runs import AwayError
 from pipeline.training.config import Training, TrainResult
+from pipeline.training.driver import TRACKED, tracked_run
+from pipeline.training.launch import Workers
 from pipeline.training.prior import PriorConfig, build_prior
 from pipeline.view import read_view
 from tests.chain import Chain, label_and_curate
@@ -120,6 +124,22 @@ def test_another_configuration_under_the_same_name_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         train_stage1(chain.data.stage1("stage1", **changes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "least", "most", "message"),
+    [
+        (4, 0, 3, "4 cannot be shared evenly by 3 workers"),
+        (16, 2, 4, r"16 cannot be shared evenly by 3 workers.*multiple of 12, or .* of \[1, 2, 4, 8, 16\]"),
+        (0, 0, 1, "0 cannot be shared"),
+    ],
+)
+def test_a_batch_that_some_number_of_workers_cannot_share_is_refused_at_once(
+    batch: int, least: int, most: int, message: str, chain: Chain
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        chain.data.stage1("uneven", batch_size=batch, workers=Workers(count=most, min_count=least))
+    assert chain.data.stage1("even", batch_size=12, workers=Workers(count=4, min_count=2)).batch_size == 12
 
 
 def test_how_often_it_logs_may_change(chain: Chain) -> None:
@@ -228,6 +248,15 @@ def test_a_checkpoint_of_another_calibration_is_refused(chain: Chain, stage2: Tr
     assert not Path(settings.run_url).exists()
     with pytest.raises(VerificationError, match="calibration"):
         evaluate(EvaluateConfig(corpus=data.corpus, view=data.view, checkpoint=stage2.run))
+
+
+def test_a_checkpoint_of_another_threshold_is_refused_unless_the_threshold_is_given(chain: Chain) -> None:
+    data = label_and_curate(chain.data.corpus, chain.data.runs, chain.data.tracking_uri, "strict", hq_threshold="q0.9")
+    with pytest.raises(VerificationError, match=r"for high, the view strict@v0001 those above"):
+        train_stage2(data.stage2("wrong-threshold", chain.stage1.run))
+    ours = json.loads((Path(chain.stage1.checkpoint) / "config.json").read_text())["network"]["hq_threshold"]
+    given = data.stage2("given-threshold", chain.stage1.run, network={"hq_threshold": ours}, steps=1)
+    assert train_stage2(given).status == "done"
 
 
 def test_the_papers_minmax_steers_what_scores_beyond_the_corpus(chain: Chain) -> None:
@@ -371,6 +400,30 @@ def test_a_signal_after_a_training_means_what_it_meant_before(chain: Chain) -> N
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train_stage1(chain.data.stage1("signals", steps=1))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_without_its_server_a_run_goes_on_and_no_run_begins(
+    chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = "http://me:secret@127.0.0.1:9"
+    settings = chain.data.stage1("away", runs=str(tmp_path), tracking_uri=away)
+    with pytest.raises(AwayError, match="cannot be used"):
+        train_stage1(settings)
+    assert not any(tmp_path.iterdir())
+
+    here = dataclasses.replace(settings, tracking_uri=chain.data.tracking_uri)
+    corpus = Corpus(here.corpus)
+    view = read_view(corpus, here.view)
+    prepared, storage = prepare(here, corpus, view), Storage.open(here.run_url)
+    first = tracked_run(here, prepared, view, "digest", storage)
+    with pytest.raises(AwayError):  # another server has another run
+        tracked_run(settings, prepared, view, "digest", storage)
+    record = json.loads(storage.read(TRACKED))
+    assert record["run_id"] == first.run_id
+    storage.publish(TRACKED, json.dumps({**record, "server": "http://***@127.0.0.1:9"}).encode())
+    again = tracked_run(settings, prepared, view, "digest", storage)
+    assert again == dataclasses.replace(first, tracking_uri=away)
+    assert "GOES ON WITHOUT MLFLOW" in caplog.text and "secret" not in caplog.text
 
 
 def test_points_wait_in_the_workspace(chain: Chain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

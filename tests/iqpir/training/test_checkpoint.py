@@ -2,7 +2,9 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 
 import pytest
@@ -176,7 +178,7 @@ def test_the_newest_good_checkpoint_is_found_and_old_ones_go(
     for step in (1, 2, 3):
         keep(sink, state, tmp_path, step)
     folder = tmp_path / "kept"
-    assert sorted(path.name for path in folder.iterdir()) == ["step_00000002-a1", "step_00000003-a1"]
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000002-a1", "step_00000003-a1"]
     assert sink.latest(tmp_path) == folder / "step_00000003-a1"
     (folder / "step_00000003-a1" / "optimiser.pt").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
@@ -187,6 +189,18 @@ def test_the_newest_good_checkpoint_is_found_and_old_ones_go(
     assert again.attempt == 2
     keep(again, state, tmp_path, 3)
     assert again.latest(tmp_path) == folder / "step_00000003-a2"
+
+
+def test_attempts_that_run_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:
+    sinks = [FolderSink(tmp_path / "kept") for _ in range(8)]
+    together = Barrier(len(sinks))
+
+    def claim(sink: FolderSink) -> int:
+        together.wait()
+        return sink.attempt
+
+    with ThreadPoolExecutor(len(sinks)) as pool:
+        assert sorted(pool.map(claim, sinks)) == list(range(1, 9))
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(state: TrainState, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iqpir.errors import UsageError
-from iqpir.training.order import ShardBlockOrder, permute, rank_slice, sample_at
+from iqpir.training.order import ShardBlockOrder, permute, position_of, rank_slice, sample_at
 
 counts = st.integers(1, 3000)
 seeds = st.integers(0, 2**63)
@@ -23,6 +23,8 @@ def test_each_epoch_has_each_sample_once(count: int, seed: int, epoch: int) -> N
     seen = [sample_at(epoch * count + place, count, seed) for place in range(count)]
     assert {number for number, _ in seen} == {epoch}
     assert sorted(index for _, index in seen) == list(range(count))
+    found = [position_of(number, index, count, seed) for number, index in seen]
+    assert found == [epoch * count + place for place in range(count)]
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:
