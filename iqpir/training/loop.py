@@ -18,6 +18,7 @@ from iqpir.stages.batch import Batch
 from iqpir.training import checkpoint
 from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.state import TrainState, capture_rng
+from iqpir.training.throughput import counted, peak_flops, resident_gib
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ class _Run:
                 raise IncompleteError(f"Ranks found checkpoints of different steps: {steps}.", "Run again.")
             if found is not None:
                 found.restore(self.state, stage=self.stage.name, rank=self.distributed.rank)
+                self.report.flops = float(found.metadata.get("flops_per_sample", 0.0))
                 logger.info("Resumed %s at step %d from %s", self.stage.name, found.step, directory)
         return self.state.step
 
@@ -222,12 +224,18 @@ class _Run:
         batch = next(batches)
         waited = time.perf_counter() - started
         batch = batch.to(self.distributed.device)
-        values = self.stage.step(self.state, batch)
+        values = self._first(batch) if self.state.step == 0 else self.stage.step(self.state, batch)
         samples = len(batch) * self.distributed.world_size
         self.state.step += 1
         self.state.samples_seen += samples
         self.report.add(values, self.state.step, samples, waited)
         self._shown = batch
+
+    def _first(self, batch: Batch) -> dict[str, Tensor]:
+        """The very first step of a training, whose operations are counted; a resumed one knows them."""
+        values, flops = counted(lambda: self.stage.step(self.state, batch))
+        self.report.flops = flops / len(batch)
+        return values
 
     def should_stop(self, stop: Callable[[], bool]) -> bool:
         """The stop flag, agreed between ranks."""
@@ -261,6 +269,7 @@ class _Run:
                     "stage": self.stage.name,
                     "stage_config": asdict(self.stage.config),
                     "lineage": dict(self.lineage),
+                    "flops_per_sample": self.report.flops,
                 }
                 checkpoint.save(directory, self.state, metadata, rng)
                 self.sink.save(directory, self.state.step)
@@ -276,6 +285,8 @@ class _Report:
     last: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.flops = 0.0
+        """Floating-point operations of the first step, for each of its samples; 0: not counted."""
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.distributed.device)
         self._begin()
 
@@ -317,13 +328,26 @@ class _Report:
         values["samples_per_second"] = self._samples / seconds
         values["data_wait_share"] = min(1.0, self._waited / seconds)
         values["samples_seen"] = float(state.samples_seen)
-        if self.distributed.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.distributed.device)
-            values["peak_memory_gib"] = peak / 2**30
+        values |= self._use(self._samples / seconds)
         if self.distributed.is_main:
             log.metrics(values, state.step)
         self.last = values
         self._begin()
+
+    def _use(self, rate: float) -> dict[str, float]:
+        """What of the machine is used at ``rate`` samples a second over all ranks; of this rank's memory."""
+        device, values = self.distributed.device, {}
+        if self.flops:
+            values["tflops_per_second"] = self.flops * rate / 1e12
+            peak = peak_flops(device)
+            if peak is not None:
+                values["mfu"] = self.flops * rate / (peak * self.distributed.world_size)
+        resident = resident_gib()
+        if resident is not None:
+            values["host_memory_gib"] = resident
+        if device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return values
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> int:

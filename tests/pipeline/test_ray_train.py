@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from iqpir.errors import UsageError
 from iqpir.networks.codebook import EmaConfig
 from iqpir.training import checkpoint
-from pipeline.stage1 import prepare, train_stage1
+from pipeline.stage1 import Stage1Training, prepare, train_stage1
 from pipeline.training.driver import run_training
 from pipeline.training.launch import Workers
 from tests.chain import STAGE1, Chain
@@ -77,18 +77,24 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost(chain: Chain) -> None:
     assert steps == list(range(2, 31, 2))
 
 
-def test_a_stopped_training_on_ray_writes_a_checkpoint_and_goes_on_from_it(chain: Chain, tmp_path: Path) -> None:
-    settings = chain.data.stage1("stopped", launcher="ray", workers=TWO, steps=100_000, checkpoint_every=10)
-    job, before = Job(settings, tmp_path), 0
-    for attempt, number in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
+def test_a_stopped_training_on_ray_writes_a_checkpoint_and_goes_on_with_other_workers(
+    chain: Chain, tmp_path: Path
+) -> None:
+    def settings(workers: Workers) -> Stage1Training:
+        return chain.data.stage1("stopped", launcher="ray", workers=workers, steps=100_000, checkpoint_every=10)
+
+    before = 0
+    for attempt, number, workers in ((1, signal.SIGTERM, TWO), (2, signal.SIGINT, Workers(cpus=1.0))):
+        job = Job(settings(workers), tmp_path)
         process = job.start(RAY_ADDRESS=address())
         job.wait_for_checkpoint(process, attempt)
         process.send_signal(number)
         ended = job.finish(process, 3)
         assert ended["status"] == "stopped" and 10 <= ended["step"] < 100_000
         found = checkpoint.load(Path(ended["checkpoint"]))
-        assert (found.step, found.metadata["world_size"]) == (ended["step"], 2)
-        assert MlflowClient(settings.tracking_uri).get_run(ended["mlflow_run"]).info.status == "KILLED"
+        assert (found.step, found.metadata["world_size"]) == (ended["step"], workers.count)
+        assert found.samples_seen == 4 * found.step
+        assert MlflowClient(chain.data.tracking_uri).get_run(ended["mlflow_run"]).info.status == "KILLED"
         assert ended["resumed_from"] == before
         before = ended["step"]
     assert "first worker: iqpir.training.loop: Resumed stage1 at step" in job.said

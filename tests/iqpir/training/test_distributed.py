@@ -81,7 +81,7 @@ def test_two_ranks_train_what_one_process_trains(stage: str, tmp_path: Path) -> 
             # Single elements may have such gradients too.
             assert (two[key] - value).abs().quantile(0.9) < 1e-4, key
     for step, values in alone["metrics"].items():
-        for name in set(values) - {"samples_per_second", "data_wait_share"}:
+        for name in set(values) - {"samples_per_second", "data_wait_share", "tflops_per_second", "host_memory_gib"}:
             got = first["metrics"][step][name]
             assert got == pytest.approx(values[name], rel=2e-2, abs=2e-3), (step, name)
 

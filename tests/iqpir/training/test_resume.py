@@ -80,12 +80,13 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(name: str, tiny: Modu
     expected, got = tensors_of(straight), tensors_of(second)
     assert expected.keys() == got.keys()
     assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
-    untimed = {"samples_per_second", "data_wait_share"}
+    untimed = {"samples_per_second", "data_wait_share", "tflops_per_second", "host_memory_gib"}
     for step in (4, 5, 6):
         assert {k: v for k, v in whole.values[step].items() if k not in untimed} == {
             k: v for k, v in rest.values[step].items() if k not in untimed
         }
     assert all(math.isfinite(v) for values in whole.values.values() for v in values.values())
+    assert all(rest.values[step]["tflops_per_second"] > 0 for step in (4, 5, 6))
 
 
 def test_the_weights_of_a_resumed_training_do_change(tiny: ModuleType, tmp_path: Path) -> None:
