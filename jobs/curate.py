@@ -5,7 +5,7 @@ python jobs/curate.py --corpus s3://bucket/corpus --where "quality > 0.8 and wid
 """
 
 from pipeline.command import command
-from pipeline.curate import CurateConfig, curate
+from pipeline.curate import CurateConfig, curate_or_count
 
 if __name__ == "__main__":
-    command(curate, CurateConfig)
+    command(curate_or_count, CurateConfig)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,8 @@ class CurateConfig:
     """Share of the source pictures that is held back as the split val; 0: none."""
     seed: int = 0
     """Of the split; another seed holds back other pictures."""
+    dry_run: bool = False
+    """Write no view: count what would become of every input."""
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -95,6 +98,62 @@ class CurateResult:
     """Whether a version was written; False: the newest equal one is named."""
 
 
+@dataclass(frozen=True)
+class CurateCounts:
+    """What would become of every input of the corpus."""
+
+    corpus: str
+    inputs: dict[str, int]
+    """Rows by status: success, and each reason for which there is no sample."""
+    unlabelled: int
+    """Samples without a quality."""
+    duplicates: int
+    """Samples with a quality that another one stands for."""
+    unmet: int
+    """The others that the condition does not choose."""
+    samples: int
+    """Those that it does."""
+    train: int
+    val: int
+    mean_quality: float | None
+    """Of the chosen ones; none where there are none."""
+
+
+def curate_or_count(config: CurateConfig) -> CurateResult | CurateCounts:
+    """Write a view, or with ``dry_run`` count what would be in it.
+
+    Raises:
+        UsageError: as for ``curate``; but nothing that meets the condition is a count, too.
+    """
+    return count(config) if config.dry_run else curate(config)
+
+
+def count(config: CurateConfig) -> CurateCounts:
+    """What ``curate`` would do with every input; nothing is written.
+
+    Raises:
+        UsageError: a condition that is no SQL or names unknown columns.
+    """
+    corpus = Corpus(config.corpus)
+    index, found = _parents(corpus, config)
+    choice = _choose(corpus, index, found, config)
+    rows = _view_rows(choice.candidates, choice.chosen, config)
+    splits, statuses = Counter(rows["split"].to_pylist()), Counter[str]()
+    for unit in corpus.manifest().units:
+        statuses.update(corpus.rows(unit, ["status"])["status"].to_pylist())
+    return CurateCounts(
+        corpus=corpus.storage.url,
+        inputs=dict(sorted(statuses.items())),
+        unlabelled=choice.unlabelled,
+        duplicates=choice.duplicates,
+        unmet=choice.offered - rows.num_rows,
+        samples=rows.num_rows,
+        train=splits["train"],
+        val=splits["val"],
+        mean_quality=pc.mean(rows["quality"]).as_py(),
+    )
+
+
 def curate(config: CurateConfig) -> CurateResult:
     """Write a view of the samples that meet the condition; an equal one is not written again.
 
@@ -102,9 +161,13 @@ def curate(config: CurateConfig) -> CurateResult:
         UsageError: a condition that is no SQL or names unknown columns, or that nothing meets.
     """
     corpus = Corpus(config.corpus)
-    index = read_label_index(corpus, config.labels)
-    found = read_dedup_index(corpus, config.dedup) if config.dedup else {}
-    rows, unlabelled, duplicates = _choose(corpus, index, found, config)
+    index, found = _parents(corpus, config)
+    choice = _choose(corpus, index, found, config)
+    if not len(choice.chosen):
+        raise UsageError(
+            f"No sample meets {config.where!r}.", f"{choice.offered} have a quality; loosen the condition."
+        )
+    rows = _view_rows(choice.candidates, choice.chosen, config)
     val = pc.sum(pc.equal(rows["split"], "val")).as_py()
     data = to_parquet(rows)
     facts = {
@@ -132,23 +195,45 @@ def curate(config: CurateConfig) -> CurateResult:
         samples=rows.num_rows,
         train=rows.num_rows - val,
         val=val,
-        unlabelled=unlabelled,
-        duplicates=duplicates,
+        unlabelled=choice.unlabelled,
+        duplicates=choice.duplicates,
         new=new,
     )
 
 
-def _choose(corpus: Corpus, labels: Facts, clusters: Facts, config: CurateConfig) -> tuple[pa.Table, int, int]:
-    """Rows of the view, how many samples have no quality, and how many another one stands for."""
+def _parents(corpus: Corpus, config: CurateConfig) -> tuple[Facts, Facts]:
+    """Index of the labels, and of the duplicates; that there are some which are not regarded is said."""
+    index = read_label_index(corpus, config.labels)
+    if config.dedup:
+        return index, read_dedup_index(corpus, config.dedup)
+    known = sorted({entry.path.split("/")[1] for entry in corpus.storage.list("dedup")})
+    if known:
+        log.info("the duplicates that were found are not regarded; --dedup %s does", " or ".join(known))
+    return index, {}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What meets the condition, and what was left out before."""
+
+    candidates: pa.Table
+    chosen: Rows
+    """Places of the candidates that meet the condition."""
+    offered: int
+    """Candidates that the condition saw."""
+    unlabelled: int
+    duplicates: int
+
+
+def _choose(corpus: Corpus, labels: Facts, clusters: Facts, config: CurateConfig) -> _Choice:
+    """Samples with a quality, for which no other one stands, that meet the condition."""
     candidates = labelled_samples(corpus, labels, clusters, config.where)
     offered = labelled = pc.is_valid(candidates["quality"])
     if clusters and config.drop_duplicates:
         offered = pc.and_(labelled, pc.is_null(candidates["duplicate_of"]))
-    known, count = pc.sum(labelled).as_py(), pc.sum(offered).as_py()
+    known, seen = pc.sum(labelled).as_py(), pc.sum(offered).as_py()
     chosen = meeting(candidates, config.where, offered)
-    if not len(chosen):
-        raise UsageError(f"No sample meets {config.where!r}.", f"{count} have a quality; loosen the condition.")
-    return _view_rows(candidates, chosen, config), candidates.num_rows - known, known - count
+    return _Choice(candidates, chosen, seen, candidates.num_rows - known, known - seen)
 
 
 def _dedup_facts(config: CurateConfig, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What is exported says in a record written last which view it came from; without 
 unfinished. The same command again finishes it, or finds it done.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ from pipeline.exports.indexes import Index, write_indexes
 from pipeline.storage import Storage
 from pipeline.training.feed import Fit, fit_picture
 from pipeline.view import View, read_view
+
+_ONLY_FOR = {
+    **dict.fromkeys(("mode", "jpeg_quality", "workers", "stall_s"), "ffcv"),
+    **dict.fromkeys(("shard_bytes", "balance", "indexes"), "tar"),
+}
+"""Fields that one format alone looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +74,23 @@ class ExportConfig:
             raise UsageError(f"output {self.output} is no .beton.", "Name a file, such as train.beton.")
         if self.format == "ffcv" and self.size < 1:
             raise UsageError("A .beton needs pictures of one size.", "Give --size, the network's image_size.")
-        if self.format != "ffcv" and self.mode == "jpg":
-            raise UsageError(f"mode jpg is for ffcv, not for {self.format}.")
-        if self.format != "tar" and (self.balance or self.indexes):
-            raise UsageError(f"balance and indexes are for tar, not for {self.format}.")
+        self._require_used()
         if self.size < 0 or self.shard_bytes < 1 or self.workers < 0 or self.stall_s <= 0:
             raise UsageError("size and workers must not be negative, shard_bytes and stall_s positive.")
         if not 1 <= self.jpeg_quality <= 100:
             raise UsageError(f"jpeg_quality {self.jpeg_quality} is outside 1..100.")
+
+    def _require_used(self) -> None:
+        """Nothing is set that this export would not look at."""
+        plain = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        set_here = [name for name in _ONLY_FOR if getattr(self, name) != plain[name] and getattr(self, name) != []]
+        for name in set_here:
+            if self.format != _ONLY_FOR[name]:
+                raise UsageError(f"{name} is for {_ONLY_FOR[name]}, not for {self.format}.", "Leave it out.")
+        if self.mode != "jpg" and "jpeg_quality" in set_here:
+            raise UsageError(f"jpeg_quality is for mode jpg, not for {self.mode}.", "Leave it out.")
+        if not self.size and self.fit != plain["fit"]:
+            raise UsageError(f"fit {self.fit} has no size to fit.", "Give --size, or leave it out.")
 
 
 @dataclass(frozen=True)

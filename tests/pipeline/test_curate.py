@@ -1,5 +1,7 @@
 """Views: chosen by SQL, split by source picture, versioned by content, and honest about errors."""
 
+import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from PIL import Image
 from iqpir.errors import UsageError
 from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
-from pipeline.curate import CurateConfig, CurateResult, curate, held_back
+from pipeline.curate import CurateConfig, CurateCounts, CurateResult, count, curate, curate_or_count, held_back
+from pipeline.dedup import DedupConfig, dedup
 from pipeline.label import LabelConfig, label
 from pipeline.layout import SAMPLE_REFERENCE, SAMPLES
 from pipeline.score import ScoreConfig, score
@@ -156,3 +159,40 @@ def test_the_view_states_its_parents(corpus: Corpus) -> None:
     assert facts["calibration_name"] == "default"
     assert len(facts["calibration"]) == 12
     assert 0 < facts["hq_threshold"] < 1
+
+
+def test_a_dry_run_counts_what_becomes_of_every_input_and_writes_nothing(
+    corpus: Corpus,
+) -> None:
+    folder = Path(corpus.storage.url)
+    pictures = folder.parent / "more"
+    pictures.mkdir()
+    Image.fromarray(drawn_picture(70, 32)).save(pictures / "whole.png")
+    (pictures / "cut.png").write_bytes((pictures / "whole.png").read_bytes()[:60])
+    shard(ShardConfig(input=str(pictures), corpus=str(folder), collection="more", unit_samples=10, workers=0))
+    _labelled(Corpus(str(folder)))
+    config = CurateConfig(corpus=str(folder), name="best", where="quality > 0.5", holdout=0.3)
+    before = {entry.path for entry in corpus.storage.list()}
+    counts = curate_or_count(dataclasses.replace(config, dry_run=True))
+    assert isinstance(counts, CurateCounts)
+    assert {entry.path for entry in corpus.storage.list()} == before
+    assert sum(counts.inputs.values()) == 26 and counts.inputs["success"] == 25 and len(counts.inputs) == 2
+    assert counts.samples + counts.unmet + counts.duplicates + counts.unlabelled == 25
+    assert counts.mean_quality is not None and counts.mean_quality > 0.5
+    made = curate_or_count(config)
+    assert isinstance(made, CurateResult)
+    assert (made.samples, made.train, made.val) == (counts.samples, counts.train, counts.val)
+    nothing = count(dataclasses.replace(config, where="quality > 2"))
+    assert (nothing.samples, nothing.unmet, nothing.mean_quality) == (0, 25, None)
+
+
+def test_duplicates_that_are_not_regarded_are_named(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _curate(corpus)
+    assert "not regarded" not in caplog.text
+    dedup(DedupConfig(corpus=corpus.storage.url, name="copies", keep="first", scheduling=ALONE))
+    _curate(corpus, where="quality > 0.1")
+    assert "the duplicates that were found are not regarded; --dedup copies does" in caplog.text
+    caplog.clear()
+    _curate(corpus, where="quality > 0.1", dedup="copies")
+    assert "not regarded" not in caplog.text

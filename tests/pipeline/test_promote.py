@@ -1,9 +1,11 @@
 """A champion is never replaced by a worse model, nor by one that was measured otherwise."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,37 @@ def test_the_limits_are_what_the_configuration_says(registry: Registry) -> None:
     registry.candidate(eval__dial_spearman="0.7")
     config = PromoteConfig(name=registry.name, tracking_uri=registry.config.tracking_uri, min_dial_spearman=0.6)
     assert promote(config).promoted
+
+
+def test_a_rollback_moves_back_is_recorded_and_is_not_undone_by_the_next_promotion(registry: Registry) -> None:
+    first = registry.candidate()
+    promote(registry.config)
+    second = registry.candidate(eval__outside__restored="0.65")
+    promote(registry.config)
+    back = dataclasses.replace(registry.config, rollback=True)
+    result = promote(back)
+    assert (result.version, result.rolled_back, result.previous, result.promoted) == (first, second, "", False)
+    assert (registry.alias(CHAMPION), registry.alias(PREVIOUS)) == (first, None)
+    when = datetime.fromisoformat(registry.tags(second)["rolled_back"])
+    assert abs((datetime.now(UTC) - when).total_seconds()) < 600
+    with pytest.raises(VerificationError, match="was champion and was rolled back on"):
+        promote(registry.config)
+    assert registry.alias(CHAMPION) == first
+    third = registry.candidate(eval__outside__restored="0.65")
+    assert promote(registry.config).version == third and registry.alias(PREVIOUS) == first
+
+
+def test_a_rollback_that_was_cut_off_is_finished_and_needs_something_to_go_back_to(registry: Registry) -> None:
+    back = dataclasses.replace(registry.config, rollback=True)
+    with pytest.raises(UsageError, match="no champion version"):
+        promote(back)
+    first = registry.candidate()
+    promote(registry.config)
+    with pytest.raises(UsageError, match="no previous version"):
+        promote(back)
+    registry.client.set_registered_model_alias(registry.name, PREVIOUS, first)  # as left between the two moves
+    assert promote(back).rolled_back == ""
+    assert (registry.alias(CHAMPION), registry.alias(PREVIOUS)) == (first, None)
 
 
 def test_without_a_candidate_it_is_a_usage_error(registry: Registry, uri: str) -> None:
