@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from iqpir.errors import IncompleteError, VerificationError
 from pipeline import layout
 from pipeline.commits.checks import (
@@ -18,7 +20,7 @@ from pipeline.commits.checks import (
 from pipeline.commits.lineage import Lineage, content_lies, view_lies
 from pipeline.commits.manifest import Manifest, ManifestUnit
 from pipeline.commits.plan import Generation, read_generations
-from pipeline.commits.prove import Claim, Proof, Prover, relpaths_digest
+from pipeline.commits.prove import Claim, Keys, Proof, Prover, relpaths_digest
 from pipeline.commits.references import Reference, orphans, read_documents, read_manifests, references
 from pipeline.commits.units import SchedulingConfig, schedule
 from pipeline.corpus import Corpus
@@ -174,18 +176,30 @@ def _prove(prover: Prover, claims: Sequence[Claim], workers: int) -> tuple[list[
 
 
 def _deep_lies(proofs: Sequence[tuple[Claim, Proof]], manifest: Manifest) -> Iterator[str]:
-    keys: set[str] = set()
-    samples = 0
-    for claim, proof in proofs:
+    for _, proof in proofs:
         yield from proof.lies
-        samples += len(proof.keys)
-        doubled = keys.intersection(proof.keys)
-        if doubled:
-            yield f"{_name(claim)}: has {len(doubled)} keys of other units, such as {min(doubled)}"
-        keys.update(proof.keys)
+    samples = sum(len(proof.keys) for _, proof in proofs)
+    for row, (count, key) in sorted(_doubled([proof.keys for _, proof in proofs]).items()):
+        yield f"{_name(proofs[row][0])}: has {count} keys of other units, such as {key}"
     units = sum(claim.sidecar is None for claim, _ in proofs)
     if units == len(manifest.units) and samples != manifest.samples:
         yield f"{layout.SUCCESS}: {manifest.samples} samples are sealed, {samples} are there"
+
+
+def _doubled(units: Sequence[Keys]) -> dict[int, tuple[int, str]]:
+    """Place of each unit with keys that an earlier one has -> how many, and the smallest."""
+    if not units:
+        return {}
+    keys = np.concatenate(units)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    owner = np.repeat(np.arange(len(units)), [len(unit) for unit in units])[order]
+    keys = keys[order]
+    again = np.flatnonzero((keys[1:] == keys[:-1]) & (owner[1:] != owner[:-1])) + 1
+    found: dict[int, tuple[int, str]] = {}
+    for place in again[::-1].tolist():
+        count = found.get(int(owner[place]), (0, ""))[0]
+        found[int(owner[place])] = count + 1, keys[place].decode()
+    return found
 
 
 def _name(claim: Claim) -> str:

@@ -41,6 +41,7 @@ from pipeline.layout import (
 from pipeline.shard import STEP, ShardConfig
 from pipeline.sources.inputs import Listing
 from pipeline.storage import Storage
+from pipeline.verify import VerifyConfig, verify
 
 UNIT_SAMPLES = 10_000
 FEW = 100
@@ -90,11 +91,17 @@ def select_rows(corpus: str, count: int) -> int:
     return count if abs(result.samples - count / 2) < 0.1 * count else result.samples
 
 
+def verify_rows(corpus: str, count: int) -> int:
+    """Compare all documents, sizes and counts; what is read of payload besides is the workers'."""
+    return verify(VerifyConfig(corpus=corpus, deep=False, workers=0)).samples
+
+
 STEPS: dict[str, Callable[[str, int], int]] = {
     "plan": plan_rows,
     "resume": resume_rows,
     "seal": seal_rows,
     "select": select_rows,
+    "verify": verify_rows,
 }
 """Step -> what it does to a corpus of ``count`` inputs; returns the inputs or samples that it has seen."""
 

@@ -213,18 +213,17 @@ def make_unit_id(identity: Mapping[str, Any], ordinal: int, members: Sequence[In
 
 def superseded(generations: Sequence[Generation]) -> dict[int, tuple[str, ...]]:
     """Ordinal -> relative paths of its inputs that a later generation has again, because they changed, or removes."""
-    later: dict[str, set[str]] = {}
+    later: dict[str, pa.Array] = {}
     found: dict[int, list[str]] = {}
     for generation in reversed(generations):
-        seen = later.setdefault(generation.collection, set())
-        if seen:
-            again = pc.is_in(generation.table["relpath"], value_set=pa.array(seen, pa.string()))
-            rows = generation.table.filter(again)
+        seen = later.get(generation.collection, pa.array([], pa.string()))
+        if len(seen):
+            rows = generation.table.filter(pc.is_in(generation.table["relpath"], value_set=seen))
             for path, ordinal in zip(rows["relpath"].to_pylist(), rows["ordinal"].to_pylist(), strict=True):
                 found.setdefault(ordinal, []).append(path)
         if generation is not generations[0]:
-            seen.update(generation.table["relpath"].to_pylist())
-            seen.update(generation.removed["relpath"].to_pylist())
+            paths = (table["relpath"].combine_chunks() for table in (generation.table, generation.removed))
+            later[generation.collection] = pa.concat_arrays([seen, *paths])
     return {ordinal: tuple(sorted(paths)) for ordinal, paths in found.items()}
 
 

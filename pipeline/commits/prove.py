@@ -3,12 +3,15 @@
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.commits.manifest import ManifestUnit
 from pipeline.corpus import Corpus
@@ -17,6 +20,7 @@ from pipeline.sharding.tar import Member, TarError, read_members
 from pipeline.storage import Storage
 
 Rows = list[dict[str, Any]]
+Keys = NDArray[np.bytes_]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Proof:
     """What was found."""
 
     lies: tuple[str, ...]
-    keys: tuple[str, ...] = field(default=())
+    keys: Keys = field(default_factory=lambda: as_keys(()))
     """Keys of the unit's live samples."""
 
 
@@ -60,8 +64,8 @@ class Prover:
             return Proof((f"{unit.table}: has other columns than a sample table",))
         rows = table.to_pylist()
         gone = set(unit.superseded)
-        keys = (row["key"] for row in rows if row["status"] == "success" and row["relpath"] not in gone)
-        return Proof((*self._table(claim, rows), *self._shard(unit, rows)), tuple(keys))
+        keys = [row["key"] for row in rows if row["status"] == "success" and row["relpath"] not in gone]
+        return Proof((*self._table(claim, rows), *self._shard(unit, rows)), as_keys(keys))
 
     def _table(self, claim: Claim, rows: Rows) -> Iterator[str]:
         unit = claim.unit
@@ -134,6 +138,11 @@ class Prover:
             self.storage.download(path, copy)
             with copy.open("rb") as file:
                 yield file
+
+
+def as_keys(keys: Iterable[str]) -> Keys:
+    """Keys without an object each: those of a whole corpus are held at once."""
+    return np.array([str(key).encode() for key in keys], np.bytes_)
 
 
 def relpaths_digest(paths: list[str]) -> str:

@@ -13,7 +13,9 @@ STEEPEST = 5.0
 
 
 @pytest.mark.slow
-def test_a_million_rows_are_planned_resumed_sealed_and_chosen_in_linear_time_and_bounded_memory(tmp_path: Path) -> None:
+def test_a_million_rows_are_planned_chosen_and_verified_in_linear_time_and_little_memory(
+    tmp_path: Path,
+) -> None:
     corpora = {count: str(tmp_path / f"corpus-{count}") for count in (rows.FEW, SMALL, LARGE)}
     few = corpora[rows.FEW]
 
@@ -33,3 +35,4 @@ def test_a_million_rows_are_planned_resumed_sealed_and_chosen_in_linear_time_and
     for corpus in corpora.values():
         rows.label_rows(corpus)
     measured("select")
+    measured("verify")
