@@ -22,7 +22,6 @@ from iqpir.degradation.reference import degrade as degrade_picture
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode, encode_png
 from iqpir.stages.stage3 import Stage3Config
-from iqpir.training.order import position_of
 from pipeline.command import from_dict
 from pipeline.corpus import Corpus, to_parquet
 from pipeline.progress import progress
@@ -106,12 +105,7 @@ class Recipe:
     flip: bool
     schedule: PhasedDegradation | None = None
     """Where it changes during a training, as in stage 3."""
-
-    def at(self, epoch: int, index: int, samples: int) -> DegradationConfig:
-        """The degradation of sample ``index`` of so many in ``epoch``."""
-        if self.schedule is None:
-            return self.degradation
-        return self.schedule(position_of(epoch, index, samples, self.seed))
+    shards_per_block: int = 0
 
 
 def degrade(config: DegradeConfig) -> DegradeResult:
@@ -158,6 +152,7 @@ def _recipe(config: DegradeConfig) -> Recipe:
         run["fit"],
         bool(run["flip"]),
         _phases(run["training"], strong, network.image_size) if run["stage"] == "stage3" else None,
+        int(run.get("shards_per_block", 0)),
     )
 
 
@@ -177,9 +172,11 @@ def _replay(config: DegradeConfig, recipe: Recipe, view: View, target: Storage) 
             f"It has {len(keys)}; the first is {keys[0]}.",
         )
     index = keys.index(config.key)
-    feed = FeedConfig(fit=recipe.fit, flip=recipe.flip, pixels=config.pixels)
+    feed = FeedConfig(fit=recipe.fit, flip=recipe.flip, pixels=config.pixels, shards_per_block=recipe.shards_per_block)
     samples = Samples(config.corpus, rows, feed, recipe.network, recipe.degradation, None, recipe.seed)
-    degradation = recipe.at(config.epoch, index, len(keys))
+    degradation = recipe.degradation
+    if recipe.schedule is not None:
+        degradation = recipe.schedule(samples.position(config.epoch, index))
     item = samples.prepare(samples.hq(index), config.epoch, index, degradation)
     if item.lq is None:
         raise UsageError("The recipe degrades nothing.")

@@ -206,7 +206,7 @@ def partners_of(pairs: PairsConfig, feed: FeedConfig, corpus: Corpus, keys: list
     """
     if feed.kind != "indexed":
         raise UsageError(f"feed.kind {feed.kind} holds no degraded pictures.", "Set feed.kind to indexed for pairs.")
-    return find_pairs(pairs, corpus, keys, feed.pixels, feed.cache)
+    return find_pairs(pairs, corpus, keys, feed.pixels, feed.cache, feed.cache_gib)
 
 
 def degraded_by(pairs: PairsConfig, degradation: str, feed: FeedConfig, corpus: Corpus, view: View) -> dict[str, str]:

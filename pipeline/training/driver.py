@@ -103,6 +103,7 @@ def _claim(training: Training, prepared: Prepared, storage: Storage) -> str:
         "training": values,
         "fit": training.feed.fit,
         "flip": training.feed.flip,
+        **({"shards_per_block": training.feed.shards_per_block} if training.feed.shards_per_block else {}),
         "network": prepared.network.to_dict(),
         "lineage": prepared.lineage,
     }

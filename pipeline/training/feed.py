@@ -22,7 +22,7 @@ from iqpir.degradation.picture import degrade
 from iqpir.errors import UsageError
 from iqpir.pixels import PixelPolicy, decode
 from iqpir.stages.batch import Batch
-from iqpir.training.order import sample_at
+from iqpir.training.order import ShardBlockOrder, position_of, rank_slice, sample_at
 from pipeline.corpus import Corpus
 from pipeline.training.pairs import Pairs
 from pipeline.training.scores import condition
@@ -46,6 +46,10 @@ class FeedConfig:
     """Loader processes of each training worker; 0 loads in the training process."""
     cache: str = ""
     """Folder for whole shards of a remote corpus, one copy a node; a folder of the system's by default."""
+    cache_gib: float = 0.0
+    """Size of these copies at most, those that were not used for longest go first; 0: half of the disk."""
+    shards_per_block: int = 0
+    """Mix samples of so many shards at a time, for corpora that are larger than the cache; 0: of the whole view."""
     fit: Fit = "exact"
     """How a sample becomes ``image_size``: must be it already; centre square, resized; random crop."""
     flip: bool = True
@@ -56,8 +60,11 @@ class FeedConfig:
     def __post_init__(self) -> None:
         if self.kind == "ffcv" and not self.beton:
             raise UsageError("feed.kind is ffcv and feed.beton is empty.", "Run jobs/export.py --format ffcv.")
-        if self.workers < 0:
-            raise UsageError(f"feed.workers {self.workers} is negative.")
+        if self.workers < 0 or self.cache_gib < 0 or self.shards_per_block < 0:
+            raise UsageError(
+                f"feed.workers {self.workers}, feed.cache_gib {self.cache_gib}, feed.shards_per_block "
+                f"{self.shards_per_block}: none may be negative."
+            )
 
 
 def fit_picture(picture: Picture, size: int, fit: Fit, random: np.random.Generator | None = None) -> Picture:
@@ -150,6 +157,12 @@ class Samples(Dataset[Item]):
         self.quality = rows["quality"].to_numpy().astype(np.float32)
         self.condition = condition(rows, scores)
         self.cache: ShardCache | None = None
+        codes_of_shards = self.shards.indices.to_numpy()
+        self.by_shard = np.argsort(codes_of_shards, kind="stable")
+        self.blocks = None
+        if config.shards_per_block:
+            sizes = np.bincount(codes_of_shards, minlength=len(self.shards.dictionary)).tolist()
+            self.blocks = ShardBlockOrder(shard_sizes=sizes, seed=seed, shards_per_block=config.shards_per_block)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -157,15 +170,29 @@ class Samples(Dataset[Item]):
     def hq(self, index: int) -> Picture:
         """The sample's whole picture, decoded."""
         if self.cache is None:
-            self.cache = ShardCache(Corpus(self.corpus_url), self.config.cache)
+            self.cache = ShardCache(Corpus(self.corpus_url), self.config.cache, self.config.cache_gib)
         shard = self.shards[index].as_py()
         data = self.cache.read(shard, int(self.offsets[index]), int(self.sizes[index]))
         return decode(data, self.config.pixels).array
 
     def __getitem__(self, position: int) -> Item:
-        epoch, index = sample_at(position, len(self), self.seed)
+        epoch, index = self.at(position)
         degradation = self.degradation if self.schedule is None else self.schedule(position)
         return self.prepare(self.hq(index), epoch, index, degradation)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The (epoch, sample) at ``position`` of the sequence."""
+        if self.blocks is None:
+            return sample_at(position, len(self), self.seed)
+        epoch, number = self.blocks.at(position)
+        return epoch, int(self.by_shard[number])
+
+    def position(self, epoch: int, index: int) -> int:
+        """Inverse of ``at``."""
+        if self.blocks is None:
+            return position_of(epoch, index, len(self), self.seed)
+        places = range(epoch * len(self), (epoch + 1) * len(self))
+        return next(place for place in places if self.at(place)[1] == index)
 
     def prepare(self, picture: Picture, epoch: int, index: int, degradation: DegradationConfig | None) -> Item:
         """Fit, mirror and degrade one picture, as (seed, epoch, index) decide."""
@@ -193,11 +220,10 @@ class Positions(Sampler[int]):
         self.start, self.batch_size, self.rank, self.world_size = samples_seen, batch_size, rank, world_size
 
     def __iter__(self) -> Iterator[int]:
-        share = self.batch_size // self.world_size
+        slots = range(self.batch_size)[rank_slice(self.batch_size, self.rank, self.world_size)]
         start = self.start
         while True:
-            first = start + self.rank * share
-            yield from range(first, first + share)
+            yield from (start + slot for slot in slots)
             start += self.batch_size
 
 
@@ -216,11 +242,7 @@ class IndexedFeed:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise UsageError(
-                f"batch_size {self.batch_size} is no multiple of the {self.world_size} workers.",
-                "Choose another batch_size or number of workers.",
-            )
+        rank_slice(self.batch_size, self.rank, self.world_size)  # refuses what cannot be shared
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """This rank's part of each global batch, from sample number ``samples_seen`` on."""

@@ -47,8 +47,10 @@ class PairsConfig:
 class Pairs:
     """The degraded partners of the samples of a view's split, by number. Picklable; made by ``find_pairs``."""
 
-    def __init__(self, url: str, scale: int, rows: list[dict[str, Any]], pixels: PixelPolicy, cache: str) -> None:
-        self.url, self.scale, self.rows, self.pixels, self.folder = url, scale, rows, pixels, cache
+    def __init__(
+        self, url: str, scale: int, rows: list[dict[str, Any]], pixels: PixelPolicy, cache: str = "", gib: float = 0.0
+    ) -> None:
+        self.url, self.scale, self.rows, self.pixels, self.folder, self.gib = url, scale, rows, pixels, cache, gib
         self._cache: ShardCache | None = None
 
     @property
@@ -64,7 +66,7 @@ class Pairs:
         """
         row = self.rows[index]
         if self._cache is None:
-            self._cache = ShardCache(Corpus(self.url), self.folder)
+            self._cache = ShardCache(Corpus(self.url), self.folder, self.gib)
         data = self._cache.read(row["shard"], row["byte_offset"], row["byte_size"])
         picture = decode(data, self.pixels).array
         if picture.shape[:2] != (row["height"], row["width"]):
@@ -88,7 +90,9 @@ class Pairs:
         return {**self.__dict__, "_cache": None}
 
 
-def find_pairs(config: PairsConfig, corpus: Corpus, keys: list[str], pixels: PixelPolicy, cache: str = "") -> Pairs:
+def find_pairs(
+    config: PairsConfig, corpus: Corpus, keys: list[str], pixels: PixelPolicy, cache: str = "", gib: float = 0.0
+) -> Pairs:
     """The degraded partner of each good sample.
 
     Args:
@@ -97,6 +101,7 @@ def find_pairs(config: PairsConfig, corpus: Corpus, keys: list[str], pixels: Pix
         keys: of samples of ``corpus``; their order is that of the pairs.
         pixels: how bytes become pixels.
         cache: folder for shards of a remote corpus.
+        gib: their size at most; see ``ShardCache``.
 
     Raises:
         UsageError: no such corpus, a good picture without its partner, or sides that are not in the scale.
@@ -112,7 +117,7 @@ def find_pairs(config: PairsConfig, corpus: Corpus, keys: list[str], pixels: Pix
             READ,
         )
     found = [_pair(row, partners[_stem(row)], config) for row in good]
-    return Pairs(config.lq, config.scale, found, pixels, cache)
+    return Pairs(config.lq, config.scale, found, pixels, cache, gib)
 
 
 def _by_stem(url: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

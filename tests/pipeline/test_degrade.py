@@ -104,7 +104,8 @@ def test_a_run_says_how_it_degraded(made: Any, tmp_path: Path) -> None:
     assert np.array_equal(pixels(by_run.files[1]), pixels(by_hand.files[1]))
 
 
-def test_a_replay_of_stage_3_has_the_degradation_of_its_step(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards_per_block", [0, 1])
+def test_a_replay_of_stage_3_has_the_degradation_of_its_step(made: Any, tmp_path: Path, shards_per_block: int) -> None:
     stage = Stage3Config(first_steps=2, second_steps=1, code_steps=2, fidelity_every=3)
     run = {
         "stage": "stage3",
@@ -119,12 +120,13 @@ def test_a_replay_of_stage_3_has_the_degradation_of_its_step(made: Any, tmp_path
         "flip": True,
         "network": preset("tiny32").to_dict(),
         "lineage": {"view_name": made.view.reference},
+        "shards_per_block": shards_per_block,
     }
     (tmp_path / "run.json").write_text(json.dumps(run))
     rows = made.view.split("train")
     strong, light = scaled(PRESETS["tiny32"], 32), scaled(PRESETS["fidelity"], 32)
     schedule = PhasedDegradation(strong, light, stage, 2)
-    feed = FeedConfig(fit="resize")
+    feed = FeedConfig(fit="resize", shards_per_block=shards_per_block)
     samples = Samples(made.url, rows, feed, preset("tiny32"), strong, None, 5, schedule)
     kinds = set()
     for position in range(4 * len(samples)):
