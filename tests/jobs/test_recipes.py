@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from iqpir.config import preset
 from pipeline.command import JOBS, SHARED
 from tests.jobs.scripts import job
 from tests.source_files import REPOSITORY, source_files
@@ -58,6 +59,12 @@ def test_each_section_reads_what_an_earlier_one_writes(path: Path) -> None:
     assert configs["evaluate"].checkpoint == configs["register"].checkpoint == stage2.run_url
     assert configs["register"].evaluation.startswith(stage2.run_url)
     assert stage1.preset == stage2.preset
+    if "preflight" in configs:
+        assert configs["preflight"].metrics == configs["score"].metrics
+        for name in ("workers", "preset", "runs", "corpus", "feed"):
+            assert getattr(configs["preflight"], name) == getattr(stage2, name), name
+    if "export" in configs:
+        assert configs["export"].size == preset(stage1.preset).image_size and configs["export"].view == stage1.view
     if "stage3" in configs:
         assert configs["stage3"].stage2 == stage2.run_url and configs["stage3"].view == stage2.view
 
