@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from pipeline.commits.plan import ShardUnit
+from pipeline.scoring.score_unit import ScoreTask, UnitScorer
 from pipeline.sharding.shard_unit import ShardWork
 from pipeline.stores.folder import Folder
 from tests.chaos.dies_at import DiesAt
@@ -56,3 +57,24 @@ class WatchedWork(ShardWork):
         (Path(self.attempts) / f"{unit.ordinal}-{node}-{os.getpid()}").touch()
         time.sleep(0.5)
         return super().__call__(unit)
+
+
+@dataclass(frozen=True)
+class MortalScorer(UnitScorer):
+    """``UnitScorer`` whose process dies the first time that it is given certain units.
+
+    Attributes:
+        deaths: ordinal of a unit -> change and moment at which its first attempt dies; the changes of a unit
+            are for each metric its table and its record.
+        graves: folder with a file for each death.
+    """
+
+    deaths: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    graves: str = ""
+
+    def __call__(self, task: ScoreTask) -> dict[str, dict[str, int]]:
+        grave = Path(self.graves) / f"{task.ordinal}"
+        if task.ordinal in self.deaths and not grave.exists():
+            grave.touch()
+            DiesAt(*self.deaths[task.ordinal])()
+        return super().__call__(task)
