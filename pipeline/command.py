@@ -6,6 +6,7 @@ overrides, ``--help`` and ``--print_config``; people read stderr, machines the l
 
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -148,7 +149,8 @@ def parse(config_type: type[C], argv: Sequence[str], job: str, description: str 
     parser = _parser(config_type, job, description)
     known = _keys(parser)
     try:
-        values = parser.instantiate(parser.parse_args(_arguments(_named(argv, config_type), known, job)))
+        named = _with_recipe(_named(argv, config_type), config_type)
+        values = parser.instantiate(parser.parse_args(_arguments(named, known, job)))
     except (ArgumentError, TypeError, ValueError) as error:
         raise _usage(error, known, job) from error
     return _built(config_type, values)
@@ -202,6 +204,14 @@ def _named(argv: Sequence[str], config_type: type[Any]) -> list[str]:
     return [f"--{field}", *argv] if field and argv and not argv[0].startswith("-") else list(argv)
 
 
+def _with_recipe(argv: list[str], config_type: type[Any]) -> list[str]:
+    """The path after ``--config`` is also the value of the field that the class names as ``RECIPE``."""
+    field = getattr(config_type, "RECIPE", "")
+    paths = [following for token, following in itertools.pairwise(argv) if token == "--config"]
+    paths += [token.partition("=")[2] for token in argv if token.startswith("--config=")]
+    return [f"--{field}", paths[-1], *argv] if field and paths else argv
+
+
 def _arguments(argv: Sequence[str], known: dict[str, bool], job: str) -> list[str]:
     """Dashes to underscores, bare yes-or-no flags to values, recipe files to this job's section."""
     arguments: list[str] = []
@@ -230,18 +240,8 @@ def _section(path: str, known: dict[str, bool], job: str) -> str:
     A recipe is either flat (this job's keys) or has one section a job, and a section ``all`` whose keys
     reach each job that has a field of that name.
     """
-    try:
-        recipe = yaml.safe_load(_expanded(Path(path).read_text(encoding="utf-8"), path)) or {}
-    except OSError as error:
-        raise UsageError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"The recipe {path} is no YAML: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"The recipe {path} is no mapping of keys to values.")
-    # A job's name may also be a key: stage 2 has a field ``stage1``, whose value is a text.
-    sections = {
-        name for name, value in recipe.items() if name in (*JOBS, SHARED) and (value is None or isinstance(value, dict))
-    }
+    recipe = _recipe(path)
+    sections = _sections(recipe)
     if not sections:
         return json.dumps(recipe)
     for name in recipe:
@@ -253,6 +253,33 @@ def _section(path: str, known: dict[str, bool], job: str) -> str:
         if key in known or any(name.startswith(f"{key}.") for name in known)
     }
     return json.dumps({**shared, **(recipe.get(job) or {})})
+
+
+def sections_of(path: str) -> list[str]:
+    """The jobs that a recipe has a section for, in its order; none where it is flat.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    return [name for name in _sections(_recipe(path)) if name != SHARED]
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(_expanded(Path(path).read_text(encoding="utf-8"), path)) or {}
+    except OSError as error:
+        raise UsageError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The recipe {path} is no YAML: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"The recipe {path} is no mapping of keys to values.")
+    return recipe
+
+
+def _sections(recipe: Mapping[str, Any]) -> list[str]:
+    # A job's name may also be a key: stage 2 has a field ``stage1``, whose value is a text.
+    names = (*JOBS, SHARED)
+    return [name for name, value in recipe.items() if name in names and (value is None or isinstance(value, dict))]
 
 
 def workspace() -> str:

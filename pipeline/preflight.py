@@ -6,11 +6,12 @@ Every check runs, whatever the others found; each is one line on stderr and one 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from iqpir.config import preset
 from iqpir.errors import IqpirError
-from pipeline.command import workspace
+from pipeline.command import sections_of, workspace
 from pipeline.preflight_checks import (
     check_cluster,
     check_corpus,
@@ -23,6 +24,7 @@ from pipeline.preflight_checks import (
     check_tracking,
     check_versions,
 )
+from pipeline.preflight_recipe import check_section
 from pipeline.training.feed import FeedConfig
 from pipeline.training.launch import Launcher, Workers
 
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
     """What the run will use; what is left empty is not checked."""
+
+    RECIPE: ClassVar[str] = "recipe"
+    recipe: str = ""
+    """Recipe whose every section is checked; the one of --config by default."""
 
     corpus: str = ""
     """Folder or URL of the corpus."""
@@ -103,6 +109,9 @@ def preflight(config: PreflightConfig) -> PreflightResult:
         checks.append(("registry", lambda: check_registry(config.tracking_uri)))
     if config.launcher == "ray":
         checks.append(("cluster", lambda: check_cluster(config.workers)))
+    for job in sections_of(config.recipe) if config.recipe else ():
+        on_ray = config.launcher == "ray"
+        checks.append((f"recipe: {job}", partial(check_section, config.recipe, job, cluster=on_ray)))
     return PreflightResult([_run(name, check) for name, check in checks])
 
 
@@ -118,7 +127,7 @@ def _run(name: str, check: Callable[[], str]) -> Check:
         found = Check(name, False, " ".join(str(error).split()) or type(error).__name__)
     log.log(
         logging.INFO if found.ok else logging.ERROR,
-        "%-6s %-14s %s",
+        "%-6s %-18s %s",
         "ok" if found.ok else "FAILED",
         name,
         found.detail,

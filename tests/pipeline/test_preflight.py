@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from iqpir.errors import UsageError
+from pipeline.command import JOBS, parse
 from pipeline.preflight import PreflightConfig, preflight
 from pipeline.preflight_checks import check_cluster, check_metrics, check_network, check_versions
+from pipeline.preflight_recipe import config_type_of
 from pipeline.torchvision_ops import ensure_torchvision_operators
 from pipeline.training.feed import FeedConfig
 from pipeline.training.launch import Workers
+from tests.jobs.scripts import job
 
 
 def config(tmp_path: Path, **changed: Any) -> PreflightConfig:
@@ -73,6 +76,35 @@ def test_every_check_runs_and_each_failure_is_named(labelled_corpus: Any, tmp_pa
     assert "127.0.0.1:9" in failed["tracking"]
     assert result.exit_code == 1
     assert all("\n" not in check.detail for check in result.checks)
+
+
+@pytest.mark.slow
+def test_every_section_of_a_recipe_is_checked(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+        all: {corpus: nowhere, preset: tiny32, view: small}
+        score: {metrics: [no-such-metric]}
+        curate: {nmae: small, labels: default}
+        stage1: {name: one, perceptual: ssim}
+        stage2: {name: two, stage1: one, batch_size: 5, workers: {count: 2}}
+        """
+    )
+    argv = ["--config", str(recipe), "--launcher", "local", "--no-registry", "--no-corpus_writable"]
+    argv += ["--runs", str(tmp_path / "runs"), "--tracking_uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    config = parse(PreflightConfig, argv, "preflight")
+    assert (config.recipe, config.preset) == (str(recipe), "tiny32")
+    found = {check.name: check for check in preflight(config).checks if check.name.startswith("recipe")}
+    assert {name for name, check in found.items() if check.ok} == {"recipe: stage1"}
+    assert "no-such-metric" in found["recipe: score"].detail
+    assert "Did you mean name" in found["recipe: curate"].detail
+    assert "cannot be shared evenly by 2 workers" in found["recipe: stage2"].detail
+    assert "perceptual term ssim" in found["recipe: stage1"].detail
+
+
+@pytest.mark.slow
+def test_a_recipe_section_is_read_as_its_job_reads_it() -> None:
+    assert {name: config_type_of(name) for name in JOBS} == {name: job(name).config_type for name in JOBS}
 
 
 def test_an_unsealed_corpus_fails(tmp_path: Path) -> None:
