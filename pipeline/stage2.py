@@ -18,7 +18,7 @@ from pipeline.training.config import Parts, Prepared, Training, TrainResult, deg
 from pipeline.training.driver import run_training
 from pipeline.training.pairs import PairsConfig
 from pipeline.training.prior import PriorConfig, build_prior, check_prior
-from pipeline.training.scores import SCORES, bins_of, check_scores
+from pipeline.training.scores import SCORES, bins_of, check_scores, scores_of_metrics
 from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
@@ -139,11 +139,6 @@ def prior_of(training: Stage2Training) -> PriorConfig:
     )
 
 
-def asked_apart(training: Stage2Training) -> bool:
-    """Whether each metric of the prior has a wish of its own, instead of their mean."""
-    return bool(training.scores) and training.stage.quality_target == "match"
-
-
 def worker(plan: Mapping[str, Any]) -> None:
     """What each worker runs."""
     run_worker(plan, Stage2Training, assemble)
@@ -163,7 +158,7 @@ def assemble(training: Stage2Training, prepared: Prepared, distributed: Distribu
     stage = Stage2(
         training.stage,
         quality_prior=prior,
-        prior_scores=[training.scores.index(name) for name in training.prior] if asked_apart(training) else None,
+        prior_scores=scores_of_metrics(training.prior, training.scores),
         teacher=teacher,
         precision=training.precision,
         distributed=distributed,

@@ -19,7 +19,8 @@ from pipeline.training.config import Parts, Prepared, Training, TrainResult, deg
 from pipeline.training.driver import run_training
 from pipeline.training.pairs import PairsConfig
 from pipeline.training.perceptual import perceptual_term
-from pipeline.training.scores import SCORES
+from pipeline.training.prior import PriorConfig, build_prior, check_prior
+from pipeline.training.scores import SCORES, scores_of_metrics
 from pipeline.training.worker import run_worker, training_feed
 from pipeline.view import View
 
@@ -78,6 +79,13 @@ def prepare(training: Stage3Training, corpus: Corpus, view: View) -> Prepared:
     if "prior" in found.metadata["lineage"]:
         # The encoder and the dial still follow the metrics that stage 2 was taught by.
         lineage["prior"] = str(found.metadata["lineage"]["prior"])
+    if training.stage.quality_weight > 0:
+        if "prior" not in lineage:
+            raise UsageError(
+                f"stage.quality_weight is above 0, and {training.stage2} was trained without a prior.",
+                "Set it to 0, or train stage 2 with a quality loss: its metrics are those of stage 3.",
+            )
+        check_prior(corpus, view, PriorConfig(metrics=lineage["prior"].split()))
     if SCORES in found.metadata["lineage"]:
         lineage[SCORES] = str(found.metadata["lineage"][SCORES])
     lineage |= degraded_by(training.pairs, training.degradation, training.feed, corpus, view)
@@ -112,9 +120,15 @@ def assemble(training: Stage3Training, prepared: Prepared, distributed: Distribu
     found = checkpoint.load(fetch_checkpoint(prepared.facts["stage2"]))
     network = build(prepared.network)
     network.load_state_dict(found.model)
+    prior = None
+    names, scores = (prepared.lineage.get(key, "").split() for key in ("prior", SCORES))
+    if training.stage.quality_weight > 0:
+        prior = build_prior(Corpus(training.corpus), training.view, PriorConfig(metrics=names), distributed.device)
     stage = Stage3(
         training.stage,
         perceptual=perceptual_term(training.perceptual, training.stage.perceptual_weight, distributed.device),
+        quality_prior=prior,
+        prior_scores=scores_of_metrics(names, scores),
         precision=training.precision,
         distributed=distributed,
     )

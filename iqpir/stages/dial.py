@@ -5,11 +5,19 @@ qualities that the corpus lacks are never learnt. The remedy, ours: some samples
 quality, which the quality loss teaches.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from iqpir.networks.conditioning import consensus
+from iqpir.quality_prior import QualityPrior
+from iqpir.training.distributed import Distributed
+
+DIAL, JITTER, CROP = 2, 3, 4
+"""Purpose numbers of random draws: wishes, how judged pictures are moved, and which part of them is judged."""
 
 
 class Order(NamedTuple):
@@ -45,6 +53,50 @@ def random_wish(quality: Tensor, chosen: Tensor, places: Tensor, between: tuple[
     else:
         wanted = torch.where(chosen, asked, quality)
     return Order(wanted, torch.where(chosen, weight, 1.0), chosen)
+
+
+def own_slots(count: int, ranks: Distributed) -> slice:
+    """The slots of this rank, which has ``count`` samples, in the global batch.
+
+    Draws are made for the global batch: the same sample gets the same at any number of ranks.
+    """
+    return slice(ranks.rank * count, (ranks.rank + 1) * count)
+
+
+def draw_wishes(
+    quality: Tensor,
+    fraction: float,
+    between: tuple[float, float],
+    weight: float,
+    ranks: Distributed,
+    generator: torch.Generator,
+) -> Order:
+    """``random_wish`` for a random share of the samples, ``fraction``; each score has a wish of its own."""
+    scores = 1 if quality.ndim == 1 else quality.shape[1]
+    draws = torch.rand(1 + scores, len(quality) * ranks.world_size, generator=generator)
+    chance, *wishes = draws[:, own_slots(len(quality), ranks)].to(quality.device)
+    places = torch.stack(wishes, dim=-1).view(quality.shape)
+    return random_wish(quality, chance < fraction, places, between, weight)
+
+
+def judged(
+    prior: nn.Module, pictures: Tensor, quality: Tensor, prior_scores: Sequence[int] | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What was measured, and what was asked for: both [B], or both a column for each metric of the prior.
+
+    Args:
+        prior: [B,3,H,W] in [0,1] -> [B].
+        pictures: restored ones, in [0,1].
+        quality: that they were asked for, [B] or [B,n].
+        prior_scores: which of the n scores each metric of the prior, a ``QualityPrior``, is to match; None: the mean of
+            all is to match their mean.
+        generator: of the place that a bounded prior judges, one for all pictures of a step.
+    """
+    if not isinstance(prior, QualityPrior):
+        return prior(pictures), consensus(quality)
+    if prior_scores is None:
+        return prior(pictures, generator), consensus(quality)
+    return prior.scores(pictures, generator), quality[:, list(prior_scores)]
 
 
 def draw_jitter(count: int, reach: int, generator: torch.Generator) -> Tensor:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from iqpir.errors import UsageError
 from iqpir.losses import anchor_loss, quality_loss, to_unit_range
-from iqpir.networks.conditioning import consensus
 from iqpir.networks.fidelity import adaptive_instance_norm, keep_tones
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.networks.vector_quantizer import straight_through
-from iqpir.quality_prior import QualityPrior
 from iqpir.stages.batch import Batch
 from iqpir.stages.code_targets import (
     CodeLossConfig,
@@ -27,7 +25,18 @@ from iqpir.stages.code_targets import (
     require_same_codebooks,
     target_codes,
 )
-from iqpir.stages.dial import Order, draw_jitter, jittered, own_quality, random_wish
+from iqpir.stages.dial import (
+    CROP,
+    DIAL,
+    JITTER,
+    Order,
+    draw_jitter,
+    draw_wishes,
+    jittered,
+    judged,
+    own_quality,
+    own_slots,
+)
 from iqpir.stages.telemetry import code_health, count_codes, freeze_except, montage
 from iqpir.training.distributed import SINGLE, Distributed
 from iqpir.training.ema import Ema
@@ -36,8 +45,6 @@ from iqpir.training.precision import FP32, PrecisionConfig, prepare
 from iqpir.training.state import TrainState
 
 TRAINED = ("encoder", "position_emb", "feat_emb", "score_embed", "ft_layers", "idx_pred_layer")
-_DIAL, _JITTER, _CROP = 2, 3, 4
-"""Purpose numbers of random draws: wishes, how judged pictures are moved, and which part of them is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,25 +238,15 @@ class Stage2:
         config = self.config
         if config.dial_fraction == 0 or not judged:
             return own_quality(batch.quality)
-        scores = 1 if batch.quality.ndim == 1 else batch.quality.shape[1]
-        draws = torch.rand(1 + scores, len(batch) * self.distributed.world_size, generator=state.generator(_DIAL))
-        chance, *wishes = draws[:, self._own(batch)].to(batch.quality.device)
-        places = torch.stack(wishes, dim=-1).view(batch.quality.shape)
-        chosen = chance < config.dial_fraction
-        return random_wish(batch.quality, chosen, places, config.dial_range, config.dial_code_weight)
-
-    def _own(self, batch: Batch) -> slice:
-        """This rank's slots of the global batch.
-
-        Draws are made for the global batch: the same sample gets the same at any number of ranks.
-        """
-        begin = self.distributed.rank * len(batch)
-        return slice(begin, begin + len(batch))
+        share, between, weight = config.dial_fraction, config.dial_range, config.dial_code_weight
+        return draw_wishes(batch.quality, share, between, weight, self.distributed, state.generator(DIAL))
 
     def _moves(self, state: TrainState, batch: Batch) -> Tensor:
         """How each sample's judged picture is moved in this step: see ``draw_jitter``."""
         count = len(batch) * self.distributed.world_size
-        return draw_jitter(count, self.config.quality_jitter, state.generator(_JITTER))[self._own(batch)]
+        return draw_jitter(count, self.config.quality_jitter, state.generator(JITTER))[
+            own_slots(len(batch), self.distributed)
+        ]
 
     def _quality_losses(
         self, prior: nn.Module, state: TrainState, predicted: Prediction, order: Order, batch: Batch
@@ -272,22 +269,12 @@ class Stage2:
         seen = to_unit_range(restored)
         if config.quality_jitter:
             seen = jittered(seen, config.quality_jitter, self._moves(state, batch)[chosen.cpu()])
-        measured, asked = self._judged(prior, seen, quality, state)
-        losses = {"quality_loss": config.quality_weight * quality_loss(measured, asked)}
+        measured, asked = judged(prior, seen, quality, self.prior_scores, state.generator(CROP))
+        wanted = asked if config.quality_target == "match" else None
+        losses = {"quality_loss": config.quality_weight * quality_loss(measured, wanted)}
         if config.quality_anchor > 0:
             losses["anchor_loss"] = config.quality_anchor * anchor_loss(restored, batch.hq[chosen])
         return losses, measured.mean()
-
-    def _judged(
-        self, prior: nn.Module, pictures: Tensor, quality: Tensor, state: TrainState
-    ) -> tuple[Tensor, Tensor | None]:
-        """What was measured, [B] or a column for each metric, and what was asked for, alike; None to maximise."""
-        # One place for all pictures of a step: the same at any number of ranks.
-        crop = state.generator(_CROP)
-        if self.prior_scores is not None and isinstance(prior, QualityPrior):
-            return prior.scores(pictures, crop), quality[:, list(self.prior_scores)]
-        measured: Tensor = prior(pictures, crop) if isinstance(prior, QualityPrior) else prior(pictures)
-        return measured, consensus(quality) if self.config.quality_target == "match" else None
 
 
 def discrete_latent(

@@ -6,6 +6,7 @@ a dial that stage 2 has taught is unlearnt, unless the rest stays as it is (``tr
 Source: CodeFormer (arXiv 2206.11253), stage III, with the quality and both codebooks of IQPIR.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from iqpir.errors import UsageError
-from iqpir.losses import Perceptual
-from iqpir.networks.fidelity import keep_tones
+from iqpir.losses import Perceptual, quality_loss, to_unit_range
+from iqpir.networks.fidelity import adaptive_instance_norm, keep_tones
 from iqpir.networks.outcomes import Prediction
 from iqpir.networks.restoration_network import RestorationNetwork
 from iqpir.stages.adversary import (
@@ -33,6 +34,7 @@ from iqpir.stages.code_targets import (
     require_same_codebooks,
     target_codes,
 )
+from iqpir.stages.dial import CROP, DIAL, Order, draw_wishes, judged, own_quality
 from iqpir.stages.stage2 import TRAINED as STAGE2_TRAINED
 from iqpir.stages.telemetry import code_health, count_codes, freeze_except, montage
 from iqpir.training.distributed import SINGLE, Distributed
@@ -62,6 +64,11 @@ class Stage3Config:
     its dial too, stays as it is."""
     codes: CodeLossConfig = field(default_factory=CodeLossConfig)
     """Weights of the losses against the right codes; with ``trained: fidelity`` they are reported only."""
+    quality_weight: float = 0.0
+    """Weight of the distance of the judged from the asked quality, on steps with fidelity (ours): nothing else keeps
+    fidelity from answering alike whatever is asked."""
+    dial_fraction: float = 0.0
+    """Share of samples that are asked for a random quality on those steps; their codes then do not count."""
     pixel_weight: float = 1.0
     """Weight of the mean absolute difference."""
     perceptual_weight: float = 1.0
@@ -92,6 +99,12 @@ class Stage3Config:
             raise UsageError("first_fidelity, second_fidelity and fidelity_every must be positive.")
         if min(self.first_steps, self.second_steps, self.code_steps) < 0:
             raise UsageError("Phases of stage 3 must not have a negative number of steps.")
+        if not 0.0 <= self.dial_fraction <= 1.0 or self.quality_weight < 0:
+            raise UsageError("dial_fraction is a share in [0, 1]; quality_weight must not be negative.")
+        if self.dial_fraction > 0 and self.quality_weight == 0:
+            raise UsageError(
+                "dial_fraction asks for random qualities, which nothing would teach.", "Set quality_weight above 0."
+            )
         if self.trained == "fidelity" and (self.code_steps > 0 or self.fidelity_every > 1):
             raise UsageError(
                 "trained is fidelity: steps without it would train nothing.",
@@ -115,9 +128,10 @@ class Stage3Config:
 class FidelityPass(nn.Module):
     """The forward that is wrapped for many ranks: prediction and, with fidelity, the restored pictures."""
 
-    def __init__(self, network: RestorationNetwork) -> None:
+    def __init__(self, network: RestorationNetwork, *, adain: bool) -> None:
         super().__init__()
         self.network = network
+        self.adain = adain
 
     def forward(
         self, pictures: Tensor, quality: Tensor, fidelity: float
@@ -126,6 +140,8 @@ class FidelityPass(nn.Module):
         predicted = self.network.predict(pictures, quality, taps=fidelity > 0)
         if fidelity > 0:
             latent = self.network.lookup(predicted.codes, quality).detach()
+            if self.adain:
+                latent = adaptive_instance_norm(latent, predicted.latent.detach())
             restored = self.network.decode(latent, predicted.taps, fidelity)
             return predicted.logits, predicted.latent, predicted.raw_latent, restored
         # Ranks wait for a gradient of every trained parameter; these get a zero that is thrown away.
@@ -139,12 +155,14 @@ class Stage3:
     Args:
         config: losses and schedule.
         perceptual: distance of pictures in [-1,1]; needed when its weight is positive.
+        quality_prior: [B,3,H,W] in [0,1] -> [B] in [0,1], differentiable, frozen; needed when its weight is positive.
+        prior_scores: as for ``Stage2``.
         teacher: stage-1 network whose encoder makes codes for batches that have none.
         precision: number format and layout.
         distributed: the ranks.
 
     Raises:
-        UsageError: a perceptual weight without a perceptual loss.
+        UsageError: a perceptual weight without a perceptual loss, or a quality weight without a prior.
     """
 
     name = "stage3"
@@ -154,10 +172,19 @@ class Stage3:
         config: Stage3Config,
         *,
         perceptual: Perceptual | None = None,
+        quality_prior: nn.Module | None = None,
+        prior_scores: Sequence[int] | None = None,
         teacher: RestorationNetwork | None = None,
         precision: PrecisionConfig = FP32,
         distributed: Distributed = SINGLE,
     ) -> None:
+        if config.quality_weight > 0 and quality_prior is None:
+            raise UsageError(
+                f"quality_weight is {config.quality_weight}, but no quality prior was given.",
+                "Name differentiable metrics, or set quality_weight to 0.",
+            )
+        self.quality_prior = None if quality_prior is None else quality_prior.eval().requires_grad_(False)
+        self.prior_scores = prior_scores
         self.config = config
         self.precision = precision
         self.distributed = distributed
@@ -188,7 +215,10 @@ class Stage3:
             optimisers={"network": build_optimiser(self.config.optimiser, network.parameters())},
             seed=seed,
         )
-        state.passes["fidelity"] = self.distributed.wrap(FidelityPass(prepare(network, self.precision)))
+        state.passes["fidelity"] = self.distributed.wrap(
+            # With the rest fixed the modules learn for what inference decodes; published, they do without its AdaIN.
+            FidelityPass(prepare(network, self.precision), adain=self.config.trained == "fidelity")
+        )
         if self.config.adversary.weight > 0:
             add_discriminator(state, self.config.adversary, discriminator, self.precision, self.distributed)
         return state
@@ -201,11 +231,11 @@ class Stage3:
         """
         codes = target_codes(batch, state.network, self.teacher)
         fidelity = self.config.fidelity_at(state.step)
+        order = self._order(state, batch, fidelity)
         with self.precision.autocast(batch.hq.device):
-            logits, latent, raw, restored = state.passes["fidelity"](batch.degraded, batch.quality, fidelity)
+            logits, latent, raw, restored = state.passes["fidelity"](batch.degraded, order.quality, fidelity)
         predicted = Prediction(logits.float(), latent.float(), raw.float(), {}, state.network.books)
-        weights = torch.ones(len(batch), device=logits.device)
-        losses = code_losses(state.network, predicted, codes, batch.quality, weights, self.config.codes)
+        losses = code_losses(state.network, predicted, codes, batch.quality, order.weights, self.config.codes)
         code_total = torch.stack(list(losses.values())).sum()
         values = {name: value.detach() for name, value in losses.items()}
         if restored is None:
@@ -217,7 +247,7 @@ class Stage3:
         else:
             # As inference gives it: else the modules would learn what the input's tones undo.
             restored = keep_tones(restored.float(), batch.degraded, state.network.config.tones)
-            values |= self._backward_pictures(state, restored, batch.hq, code_total)
+            values |= self._backward_pictures(state, restored, batch.hq, code_total, order.quality)
         apply_gradients(self.config.optimiser, state.optimisers["network"], state.step)
         state.ema.update(state.step)
         if restored is not None and self.config.adversary.active_at(state.step):
@@ -244,20 +274,35 @@ class Stage3:
         restored = [state.ema.module(lq, quality, fidelity) for fidelity in (0.0, 1.0)]
         return montage([lq, *restored, batch.hq[:4]])
 
+    def _order(self, state: TrainState, batch: Batch, fidelity: float) -> Order:
+        """What this step asks for; a wish only where the quality loss can teach it."""
+        share = self.config.dial_fraction
+        if fidelity == 0 or share == 0:
+            return own_quality(batch.quality)
+        return draw_wishes(batch.quality, share, (0.0, 1.0), 0.0, self.distributed, state.generator(DIAL))
+
     def _backward_pictures(
-        self, state: TrainState, restored: Tensor, wanted: Tensor, code_total: Tensor
+        self, state: TrainState, restored: Tensor, wanted: Tensor, code_total: Tensor, quality: Tensor
     ) -> dict[str, Tensor]:
+        others = [code_total] if self.config.trained == "all" else []
+        values: dict[str, Tensor] = {}
+        if self.quality_prior is not None and self.config.quality_weight > 0:
+            seen = to_unit_range(restored)
+            measured, asked = judged(self.quality_prior, seen, quality, self.prior_scores, state.generator(CROP))
+            others.append(self.config.quality_weight * quality_loss(measured, asked))
+            values = {"quality_loss": others[-1].detach(), "restored_quality": measured.mean().detach()}
         losses = balanced_backward(
             restored,
             wanted,
-            code_total if self.config.trained == "all" else None,
+            torch.stack(others).sum() if others else None,
             self.objective,
             critic=critic_at(state, self.config.adversary, self.precision),
             balance=last_fidelity_weight(state.network),
             config=self.config.adversary,
             distributed=self.distributed,
         )
-        return {**losses.values(), "loss": losses.total + code_total.detach()}
+        total = torch.stack([losses.total, *(other.detach() for other in others)]).sum()
+        return {**losses.values(), **values, "loss": total}
 
 
 def last_fidelity_weight(network: RestorationNetwork) -> nn.Parameter:

@@ -62,3 +62,8 @@ def condition(rows: pa.Table, scores: Sequence[str]) -> NDArray[np.float32]:
         return np.asarray(rows["quality"].to_numpy(), np.float32)
     columns = [rows[f"iqa_{name}_cal"].to_numpy() for name in scores]
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def scores_of_metrics(prior: Sequence[str], scores: Sequence[str]) -> list[int] | None:
+    """Which of the ``scores`` each metric of the prior is to match; None where one is among none: their means match."""
+    return [scores.index(name) for name in prior] if scores and set(prior) <= set(scores) else None

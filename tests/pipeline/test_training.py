@@ -179,7 +179,7 @@ def test_stage2_is_bound_to_its_stage1_and_codes(chain: Chain, stage2: TrainResu
 def stage3_settings(chain: Chain, stage2: TrainResult) -> Stage3Training:
     before = chain.data.stage2("stage2", chain.stage1.run)
     common = {field.name: getattr(before, field.name) for field in dataclasses.fields(Training)}
-    stage = Stage3Config(trained="fidelity", code_steps=0, fidelity_every=1)
+    stage = Stage3Config(trained="fidelity", code_steps=0, fidelity_every=1, quality_weight=0.2, dial_fraction=0.5)
     changes = {"name": "stage3", "steps": 2, "degradation": "tiny32", "perceptual": "ssim", "stage": stage}
     return Stage3Training(**{**common, **changes}, stage2=stage2.run)
 

@@ -186,14 +186,21 @@ def test_stage_3_brings_fidelity_and_keeps_the_dial_where_it_trains_nothing_else
     )
     before = measured(taught.with_dial, tiny, tiny.Sharpness())
     found = []
-    for settings in (config, replace(config, trained="all")):
-        stage = Stage3(settings, teacher=copy.deepcopy(taught.teacher))
+    for settings in (
+        config,
+        replace(config, quality_weight=0.2, dial_fraction=0.5),
+        replace(config, trained="all"),
+    ):
+        stage = Stage3(settings, quality_prior=tiny.Sharpness(), teacher=copy.deepcopy(taught.teacher))
         found.append(trained(tiny, stage, stage.initial_state(copy.deepcopy(taught.with_dial), seed=3), 60))
-    alone, everything = found
+    alone, asked, everything = found
     assert psnr(alone, tiny, 1.0) > psnr(alone, tiny, 0.5) + 0.5 > psnr(alone, tiny, 0.0) + 1.0
     assert measured(alone, tiny, tiny.Sharpness()) == before, "w = 0 is what it was"
     faithful = measured(alone, tiny, tiny.Sharpness(), 1.0)
     assert all(later > earlier - 0.02 for earlier, later in itertools.pairwise(faithful)), faithful
     assert 0.1 < faithful[-1] - faithful[0] < before[-1] - before[0]
+    both = measured(asked, tiny, tiny.Sharpness(), 1.0)
+    assert both[-1] - both[0] > faithful[-1] - faithful[0] + 0.05, "a quality loss keeps more of the dial at w = 1"
+    assert psnr(alone, tiny, 1.0) > psnr(asked, tiny, 1.0) > psnr(asked, tiny, 0.0) + 0.5, "and costs some fidelity"
     unlearnt = measured(everything, tiny, tiny.Sharpness())
     assert unlearnt[-1] - unlearnt[0] < 0.5 * (before[-1] - before[0])

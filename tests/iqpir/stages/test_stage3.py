@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from iqpir.errors import UsageError
+from iqpir.losses import to_unit_range
 from iqpir.networks.fidelity import keep_tones
 from iqpir.stages.code_targets import CodeLossConfig
 from iqpir.stages.stage3 import Stage3, Stage3Config, last_fidelity_weight
@@ -151,3 +152,30 @@ def test_the_judged_picture_keeps_the_tones_that_inference_keeps(tiny: ModuleTyp
     plain, toned = seen
     torch.testing.assert_close(toned, keep_tones(plain, batch.degraded, 8))
     assert not torch.allclose(toned, plain, atol=0.01)
+
+
+def test_a_quality_loss_asks_for_wishes_on_steps_with_fidelity_only(tiny: ModuleType) -> None:
+    config = Stage3Config(optimiser=tiny.RATE, first_steps=1, second_steps=0, code_steps=9, quality_weight=0.5)
+    config = replace(config, dial_fraction=1.0, adversary=tiny.stage1_config().adversary)
+    with pytest.raises(UsageError, match="no quality prior was given"):
+        Stage3(config, perceptual=tiny.smooth_l2, teacher=tiny.network())
+    with pytest.raises(UsageError, match="nothing would teach"):
+        replace(config, quality_weight=0.0)
+    prior = tiny.Sharpness()
+    stage = Stage3(config, perceptual=tiny.smooth_l2, quality_prior=prior, teacher=tiny.network())
+    state = stage.initial_state(tiny.network(), seed=1)
+    asked: list[torch.Tensor] = []
+    judged: list[torch.Tensor] = []
+    state.network.score_embed.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+    state.network.generator.register_forward_hook(lambda _, args, out: judged.append(out.detach()))
+    batch = tiny.batch(torch.arange(1, 5))
+    first = stage.step(state, batch)
+    expected = (prior(to_unit_range(judged[0])) - asked[0]).abs().mean()
+    torch.testing.assert_close(first["quality_loss"], 0.5 * expected)
+    assert not torch.equal(asked[0], batch.quality) and first["common_code_loss"] == 0
+    parts = ("pixel_loss", "perceptual_loss", "feature_loss", "common_code_loss", "hq_code_loss", "quality_loss")
+    total = sum(first[name] for name in parts) + first["adversarial_weight"] * first["adversarial_loss"]
+    torch.testing.assert_close(first["loss"], total)
+    state.step = 1
+    assert "quality_loss" not in stage.step(state, batch)
+    assert torch.equal(asked[1], batch.quality)
