@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from iqpir.config import digest
@@ -103,7 +104,7 @@ def dedup(config: DedupConfig) -> DedupResult:
             "key": _text(keys),
             "cluster": _text(keys[roots]),
             "cluster_size": pa.array(sizes.astype(np.int32)),
-            "duplicate_of": pa.array(_text(keys[kept]).to_pylist(), mask=_stays(kept, config.keep)),
+            "duplicate_of": pc.if_else(pa.array(_stays(kept, config.keep)), None, _text(keys[kept])),
             "match": pa.array(match.tolist(), pa.string()),
         },
         schema=DEDUP,
@@ -118,7 +119,9 @@ def dedup(config: DedupConfig) -> DedupResult:
         "unhashed": unhashed,
         "flat": flat,
     }
-    index = _write(corpus, config, {**rows, "hashes": fingerprint, **(labels_facts(labels) if labels else {})}, table)
+    index = _write(
+        corpus, config, {**rows, "hashes": fingerprint, **(labels_facts(labels) if labels else {})}, table, keys
+    )
     return DedupResult(corpus=corpus.storage.url, name=config.name, digest=str(index["digest"]), **rows)
 
 
@@ -194,21 +197,23 @@ def _stays(kept: Rows, keep: Keep) -> NDArray[np.bool_]:
 
 
 def _text(keys: Keys) -> pa.Array:
-    return pa.array(np.char.decode(keys, "ascii").tolist() if len(keys) else [], pa.string())
+    return pa.array(keys, pa.binary()).cast(pa.string())
 
 
-def _write(corpus: Corpus, config: DedupConfig, facts: Mapping[str, Any], table: pa.Table) -> dict[str, Any]:
+def _write(
+    corpus: Corpus, config: DedupConfig, facts: Mapping[str, Any], table: pa.Table, keys: Keys
+) -> dict[str, Any]:
     """Store one table per unit, then the index; returns the index.
 
     Raises:
         UsageError: the name is taken by another result.
     """
-    place = {key: row for row, key in enumerate(table["key"].to_pylist())}
 
     def store(unit: ManifestUnit) -> ObjectRef:
-        rows = [place[key] for key in corpus.unit_samples(unit, ["key"])["key"].to_pylist()]
+        wanted = np.array(corpus.unit_samples(unit, ["key"])["key"].to_pylist(), keys.dtype)
+        rows = np.searchsorted(keys, wanted)
         return corpus.publish_table(
-            table.take(pa.array(rows, pa.int64())),
+            table.take(pa.array(rows)),
             lambda sha256: dedup_path(config.name, unit.ordinal, sha256),
             {"dedup": config.name, "hashes": str(facts["hashes"])},
         )
