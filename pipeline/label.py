@@ -165,6 +165,7 @@ def label(config: LabelConfig) -> LabelResult:
         "labelled": int(np.isfinite(quality).sum()),
         "unlabelled": int((~np.isfinite(quality)).sum()),
         **_skipped_facts(skipped),
+        **_retries_facts(scores),
         "hq_plus": int((quality > threshold).sum()),
         "histogram": [int(count) for count in histogram],
         "objects": [reference.to_dict() for reference in objects],
@@ -360,6 +361,12 @@ def _skipped(scores: list[UnitScores]) -> NDArray[np.bool_]:
 def _skipped_facts(skipped: NDArray[np.bool_]) -> dict[str, int]:
     """Nothing where no cascade skipped anything, as before there were cascades."""
     return {"skipped_cascade": int(skipped.sum())} if skipped.any() else {}
+
+
+def _retries_facts(scores: list[UnitScores]) -> dict[str, Any]:
+    """Unit -> metric -> which of its records of scores counted; nothing where no unit was scored again."""
+    found = {unit.unit.unit_id: unit.retries for unit in scores if unit.retries}
+    return {"retries": found} if found else {}
 
 
 def quality_of(calibration: Calibration, raw: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:

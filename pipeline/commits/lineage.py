@@ -88,7 +88,7 @@ class Lineage:
         units = self.manifest.units
         shards: Step = "shard", digest(self.manifest.facts["settings"])
         yield from _unrecorded(shards, units, done, "the manifest")
-        yield from self._former_attempts()
+        yield from self._attempts()
         for name, fingerprint in done:
             facts = metric_facts_path(name.removeprefix("score-"), fingerprint)
             if name.startswith("score-") and facts not in self.documents:
@@ -110,15 +110,19 @@ class Lineage:
         counts = {"/".join(step): total - len(found & known) for step, found in self._records().items()}
         return {step: left for step, left in sorted(counts.items()) if left}
 
-    def _former_attempts(self) -> Iterator[str]:
-        """A unit that was done again keeps its record of before."""
+    def _attempts(self) -> Iterator[str]:
+        """A unit that was done again keeps its record of before, and that of which labels were made."""
         records = [values for path, values in self.documents.items() if path.startswith("_commits/")]
         there = {tuple(str(values.get(name, 0)) for name in _ATTEMPT) for values in records}
-        for step, fingerprint, unit_id, retry in sorted(there):
-            for former in range(int(retry)):
-                if (step, fingerprint, unit_id, str(former)) not in there:
-                    path = f"{commit_prefix(step, fingerprint)}/{commit_name(unit_id, former)}.json"
-                    yield f"{path}: is missing, the unit was done again after it"
+        wanted = {(*attempt[:3], str(former)): "done again" for attempt in there for former in range(int(attempt[3]))}
+        for path, values in self.documents.items():
+            for unit_id, metrics in values.get("retries", {}).items():
+                for metric, retry in metrics.items():
+                    fingerprint = values.get("metrics", {}).get(metric)
+                    wanted[f"score-{metric}", str(fingerprint), unit_id, str(retry)] = f"labelled in {path}"
+        for attempt in sorted(wanted.keys() - there):
+            record = f"{commit_prefix(*attempt[:2])}/{commit_name(attempt[2], int(attempt[3]))}.json"
+            yield f"{record}: is missing, the unit was {wanted[attempt]} after it"
 
     def _records(self) -> dict[Step, set[str]]:
         found: dict[Step, set[str]] = {}

@@ -26,6 +26,8 @@ class UnitScores:
     keys: pa.ChunkedArray
     raw: dict[str, NDArray[np.float64]]
     statuses: dict[str, pa.ChunkedArray]
+    retries: dict[str, int]
+    """Metric -> how often the unit was scored again, where it was."""
 
 
 def read_metric_facts(corpus: Corpus, metric: str, chosen: Mapping[str, str]) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def read_scores(corpus: Corpus, facts: Mapping[str, Mapping[str, Any]]) -> list[
             rows = table.take(position)
             raw[metric] = rows["raw"].to_numpy(zero_copy_only=False).astype(np.float64)
             statuses[metric] = rows["status"]
-        return UnitScores(unit, keys, raw, statuses)
+        found = {metric: int(records[metric][unit.unit_id].get("retry", 0)) for metric in facts}
+        return UnitScores(unit, keys, raw, statuses, {metric: retry for metric, retry in found.items() if retry})
 
     return in_threads(read, units)
 

@@ -29,11 +29,11 @@ FOLDERS |= {"shards", "views"}
 
 @pytest.fixture
 def complete(draw: Callable[..., Path], sharded: Callable[..., ShardResult], tmp_path: Path) -> Path:
-    """Two generations, a unit each; scored, labelled, searched for duplicates, curated, encoded."""
-    sharded(draw(3))
-    url = sharded(draw(2, first=3)).corpus
-    score(ScoreConfig(corpus=url, metrics=["rank"], scheduling=HERE))
-    label(LabelConfig(corpus=url, metrics=["rank"]))
+    """Two generations, a unit each; scored, labelled twice, searched for duplicates, curated, encoded."""
+    for first, count in ((0, 3), (3, 2)):
+        url = sharded(draw(count, first=first)).corpus
+        score(ScoreConfig(corpus=url, metrics=["rank"], scheduling=HERE))
+        label(LabelConfig(corpus=url, metrics=["rank"]))
     dedup(DedupConfig(corpus=url, scheduling=HERE))
     curate(CurateConfig(corpus=url, name="all", dedup="default", holdout=0.3))
     write_checkpoint(tmp_path / "stage1", stage="stage1")
@@ -76,14 +76,19 @@ def test_every_file_that_is_changed_or_deleted_is_found(complete: Path, rng: np.
     assert found(complete, deep=True) is not None
 
 
-def test_the_record_of_a_unit_that_was_done_again_has_to_stay(complete: Path) -> None:
-    path = sorted(complete.glob("_commits/score-rank/*/*.json"))[0]
-    record = json.loads(path.read_bytes())
+def test_the_records_of_a_unit_that_was_done_again_have_to_stay(complete: Path) -> None:
+    """Both: that of before, and the one that labels were made of since."""
+    first = sorted(complete.glob("_commits/score-rank/*/*.json"))[0]
+    record = json.loads(first.read_bytes())
     commit(Storage.open(str(complete)), record["step"], record["fingerprint"], record["unit_id"], record, retry=1)
+    label(LabelConfig(corpus=str(complete), name="again", metrics=["rank"]))
     assert found(complete, deep=True) is not None
-    path.unlink()
-    with pytest.raises(VerificationError, match=rf"{path.name}: is missing"):
-        verify(VerifyConfig(corpus=str(complete), workers=0))
+    for path in (first, first.with_name(f"{first.stem}~1.json")):
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(VerificationError, match=rf"{path.name}: is missing"):
+            verify(VerifyConfig(corpus=str(complete), workers=0))
+        path.write_bytes(data)
 
 
 def test_documents_keep_their_one_form(complete: Path) -> None:
