@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from iqpir.errors import IncompleteError, IqpirError, PermanentError, UsageError
 from pipeline.commits.records import Finished, commit, finished
+from pipeline.heard import heard
 from pipeline.progress import progress
 from pipeline.stopping import stopping
 from pipeline.storage import Storage
@@ -86,6 +87,8 @@ class Outcome(Generic[R]):
     error: str = ""
     kind: Literal["", "transient", "permanent"] = ""
     attempts: int = 1
+    said: tuple[tuple[int, str], ...] = ()
+    """Level and text of the warnings that it logged where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +221,7 @@ def schedule(
     """
     config = scheduling or SchedulingConfig()
     patient = _Patient(work, config.attempts)
+    told: set[str] = set()
     with progress(total, description) as meter, stopping("running units may end, no new ones are started") as stop:
         if not uses_ray(config.workers):
             for task in tasks:
@@ -229,6 +233,7 @@ def schedule(
         from pipeline.cluster import ensure_ray, run_on_ray  # Ray takes a second to import
 
         ensure_ray(config.workers if config.workers > 1 else None)
+        patient = replace(patient, afar=True)
         window = config.workers if config.workers > 1 else 0
         options = {"num_cpus": config.cpus, "num_gpus": config.gpus}
         if actors is None:
@@ -247,8 +252,17 @@ def schedule(
                 grace=config.grace,
             )
         for task, outcome, error in done:
+            _tell(() if outcome is None else outcome.said, told)
             yield task, outcome if error is None else Outcome(error=_line(error), kind="transient")
             meter.advance()
+
+
+def _tell(said: Iterable[tuple[int, str]], told: set[str]) -> None:
+    """Show what workers said; what many say, once."""
+    for level, text in said:
+        if text not in told:
+            told.add(text)
+            log.log(level, "worker: %s", text)
 
 
 def uses_ray(workers: int) -> bool:
@@ -265,8 +279,17 @@ class _Patient(Generic[T, R]):
 
     work: Callable[[T], R]
     attempts: int
+    afar: bool = False
+    """In a process of Ray, whose log nobody reads: warnings come with the outcome."""
 
     def __call__(self, task: T) -> Outcome[R]:
+        if not self.afar:
+            return self._done(task)
+        with heard(logging.WARNING) as said:
+            outcome = self._done(task)
+        return replace(outcome, said=tuple(said))
+
+    def _done(self, task: T) -> Outcome[R]:
         error: OSError = OSError()
         for attempt in range(1, self.attempts + 1):
             try:

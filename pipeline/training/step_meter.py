@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from iqpir.training.distributed import Distributed
-from pipeline.command import log_to_stderr
+from pipeline.heard import heard
 from pipeline.progress import progress
 from pipeline.training.config import Training
 from pipeline.training.signs import Progress, Signs
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 3.0
-_MOST_SAID = 100
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def step_meter(training: Training, distributed: Distributed, signs: Signs) -> It
 @contextmanager
 def _left_for_the_driver(signs: Signs) -> Iterator[Callable[[int, int], None]]:
     worker, spoken, last = secrets.token_hex(4), 0.0, 0
-    with _heard() as said:
+    with heard() as said:
 
         def leave(step: int, steps: int) -> None:
             nonlocal spoken, last
@@ -50,26 +49,6 @@ def _left_for_the_driver(signs: Signs) -> Iterator[Callable[[int, int], None]]:
             yield leave
         finally:
             signs.show(Progress(worker, last, said))
-
-
-@contextmanager
-def _heard() -> Iterator[list[tuple[int, str]]]:
-    """What is logged in this process until the block ends, level and text, as a job in a terminal would show it."""
-    said: list[tuple[int, str]] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            """Keep the record's text."""
-            if len(said) < _MOST_SAID:
-                said.append((record.levelno, f"{record.name}: {record.getMessage()}"))
-
-    log_to_stderr()  # of the worker, whose file keeps what is more than _MOST_SAID
-    ear = Ear()
-    logging.getLogger().addHandler(ear)
-    try:
-        yield said
-    finally:
-        logging.getLogger().removeHandler(ear)
 
 
 @contextmanager

@@ -39,32 +39,33 @@ def run_worker(plan: Mapping[str, Any], training_type: type[Training], build: Bu
     device = _device(training.launcher)
     distributed = Distributed.current(device)
     torch.manual_seed(training.seed)
-    parts = build(training, prepared, distributed)
     signs = Signs(Storage.open(training.run_url), plan["start"])
     handle = RunHandle(**plan["handle"])
-    run_log = RunLog(handle, Path(plan["spool"]))
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix=f"iqpir-{training.name}-") as folder,
-            step_meter(training, distributed, signs) as report,
-            _stop_flag(training.launcher, distributed, signs) as stop,
-        ):
-            result = fit(
-                parts.stage,
-                parts.state,
-                parts.source,
-                config=training.fit_config(),
-                sink=checkpoint_sink(training.run_url, training.keep),
-                log=run_log,
-                workspace=Path(folder),
-                distributed=distributed,
-                lineage=prepared.lineage,
-                stop=stop,
-                progress=report,
-            )
-    finally:
-        if distributed.is_main:
-            run_log.close()
+    # Outermost: what any of this logs is shown where the driver is.
+    with step_meter(training, distributed, signs) as report:
+        parts = build(training, prepared, distributed)
+        run_log = RunLog(handle, Path(plan["spool"]))
+        try:
+            with (
+                tempfile.TemporaryDirectory(prefix=f"iqpir-{training.name}-") as folder,
+                _stop_flag(training.launcher, distributed, signs) as stop,
+            ):
+                result = fit(
+                    parts.stage,
+                    parts.state,
+                    parts.source,
+                    config=training.fit_config(),
+                    sink=checkpoint_sink(training.run_url, training.keep),
+                    log=run_log,
+                    workspace=Path(folder),
+                    distributed=distributed,
+                    lineage=prepared.lineage,
+                    stop=stop,
+                    progress=report,
+                )
+        finally:
+            if distributed.is_main:
+                run_log.close()
     if distributed.is_main:
         outcome = {**dataclasses.asdict(result), "mlflow_run": handle.run_id}
         Storage.open(training.run_url).publish(RESULT, to_json(outcome))

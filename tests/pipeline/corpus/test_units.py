@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ class Note:
         calls = Path(self.log).read_text().split() if Path(self.log).exists() else []
         with Path(self.log).open("a") as file:
             file.write(f"{piece.ordinal} ")
+        logging.getLogger("notes").warning("a line was left")
         if piece.ordinal in self.failing and calls.count(str(piece.ordinal)) < self.times:
             raise self.error("told to")
         return {"ordinal": piece.ordinal}
@@ -106,12 +108,17 @@ def test_without_conditions_every_reader_takes_the_same_attempt(s3: object, tmp_
 
 
 @pytest.mark.slow
-def test_on_ray_errors_are_values_and_bugs_are_not(tmp_path: Path, local_ray: None) -> None:
+def test_on_ray_errors_and_warnings_are_values_and_bugs_are_not(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Storage.open(str(tmp_path / "store"))
     two = SchedulingConfig(workers=2, attempts=1)
     work = Note(str(tmp_path / "log"), failing=(3,))
     report = run_units(store, "s", "f", PIECES, work, total=6, scheduling=two)
     assert (report.done, [(f.ordinal, f.kind) for f in report.failures]) == (5, [(3, "transient")])
+    assert [record.getMessage() for record in caplog.records if "line" in record.getMessage()] == [
+        "worker: notes: a line was left"  # once, however many units said it
+    ]
     with pytest.raises(ZeroDivisionError):
         bug = Note(str(tmp_path / "log2"), error=ZeroDivisionError, failing=(3,))
         list(schedule(PIECES, bug, 6, "bug", two))
