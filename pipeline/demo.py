@@ -28,6 +28,7 @@ from pipeline.score import ScoreConfig, score
 from pipeline.shard import ShardConfig, shard
 from pipeline.stage1 import Stage1Training, train_stage1
 from pipeline.stage2 import Stage2Training, train_stage2
+from pipeline.stopping import StoppedError
 from pipeline.storage import Storage
 from pipeline.tracking.runs import reachable, tracking_location
 from pipeline.verify import VerifyConfig, verify
@@ -108,6 +109,8 @@ class Steps:
         log.info("== %s", job)
         started = time.monotonic()
         result = verb(parse(config_type, argv, job))
+        if getattr(result, "status", "") == "stopped":  # what follows needs it whole
+            raise StoppedError(f"{job} was stopped.", "The same command goes on from there.")
         self.seconds[job] = round(time.monotonic() - started, 1)
         skipped = _skipped(vars(result))
         if skipped:

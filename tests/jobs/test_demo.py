@@ -11,8 +11,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.demo import runs_of, shortfalls, show
+from pipeline.demo import Steps, runs_of, shortfalls, show
 from pipeline.evaluate import EvaluateResult
+from pipeline.stage1 import Stage1Training
+from pipeline.stopping import StoppedError
+from pipeline.training.config import TrainResult
 from tests.chain import write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
@@ -137,3 +140,14 @@ def test_the_rows_of_the_table_are_measured(capsys: pytest.CaptureFixture[str]) 
 
 def test_trainings_on_a_grown_view_have_a_folder_of_their_own() -> None:
     assert runs_of("demo", "crops@v0001") == "demo/runs" and runs_of("demo", "crops@v0012") == "demo/runs/v0012"
+
+
+def test_a_chain_ends_with_the_training_that_was_stopped(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("corpus: c\nview: v\nname: one\n")
+
+    def train_stage1(training: Stage1Training) -> TrainResult:
+        return TrainResult(training.run_url, "", "stopped", 3, 0, {}, "", {}, 1.0)
+
+    with pytest.raises(StoppedError, match="stage1 was stopped"):
+        Steps(str(recipe)).run(train_stage1, Stage1Training)
