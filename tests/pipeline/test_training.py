@@ -310,6 +310,7 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
             "outside_metrics",
             "curve",
             "further",
+            "fidelity",
             "high_quality",
             "samples",
             "checkpoint",
