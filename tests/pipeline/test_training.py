@@ -304,7 +304,7 @@ def test_an_evaluation_is_made_once(chain: Chain, stage2: TrainResult, tmp_path:
     file = tmp_path / "evaluation" / "evaluation.json"
     written = json.loads(file.read_text())
     assert written.keys() == {
-        *("digest", "quality", "dial", "dial_spearman", "dial_range", "psnr", "ssim", "fidelity", "metrics"),
+        *("digest", "quality", "dial", "dial_spearman", "dial_range", "psnr", "ssim", "metrics"),
         *(
             "outside",
             "outside_metrics",
