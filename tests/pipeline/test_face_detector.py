@@ -10,11 +10,13 @@ from PIL import Image
 
 from iqpir.errors import UsageError, VerificationError
 from iqpir.faces import Picture
+from pipeline.commits.units import SchedulingConfig
 from pipeline.face_detector import FacesConfig, YuNet, faces_from, load_detector
 from pipeline.restore import RECORD, RestoreConfig, restore
 from tests.pipeline.red_square_detector import POINTS, red_square_detector
 from tests.pipeline.tiny_checkpoint import write_checkpoint
 
+HERE = SchedulingConfig(workers=0)
 CELLS = ((64, 32), (16, 64))
 """x and y of red cells of 16 pixels."""
 
@@ -90,7 +92,7 @@ def test_the_job_restores_faces_and_has_an_error_where_there_are_none(weights: P
     Image.fromarray(with_red_cells()).save(source / "faces.png")
     Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(source / "none.png")
     model = write_checkpoint(tmp_path / "checkpoint") or tmp_path / "checkpoint"
-    settings = {"model": str(model), "input": str(source), "output": str(tmp_path / "out")}
+    settings = {"model": str(model), "input": str(source), "output": str(tmp_path / "out"), "scheduling": HERE}
     first = restore(RestoreConfig(**settings, faces=FacesConfig(detector=str(weights))))
     assert (first.restored, first.failed) == (1, 1)
     rows = {row["relpath"]: row for row in map(json.loads, (tmp_path / "out" / RECORD).open())}

@@ -17,6 +17,8 @@ from tests.conftest import draw_picture
 from tests.pipeline.tiny_checkpoint import write_checkpoint
 
 COUNT = 7
+HERE = SchedulingConfig(workers=0)
+"""In this process, whether Ray is up for other tests or not."""
 ONCE = SchedulingConfig(workers=0, attempts=1)
 
 
@@ -32,7 +34,11 @@ class Folder:
         (root / "in/cut.png").write_bytes((root / "in/0.png").read_bytes()[:300])
         write_checkpoint(root / "checkpoint")
         self.config = RestoreConfig(
-            model=str(root / "checkpoint"), input=str(root / "in"), output=str(root / "out"), batch=2
+            model=str(root / "checkpoint"),
+            input=str(root / "in"),
+            output=str(root / "out"),
+            batch=2,
+            scheduling=HERE,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -112,7 +118,7 @@ def test_a_changed_input_and_a_lost_output_are_made_again(folder: Folder) -> Non
     assert Image.open(folder.root / "out/0.png").size == (40, 40) and (folder.root / "out/deep/1.png").exists()
 
 
-def testbatches_are_bounded_in_pictures_and_bytes() -> None:
+def test_batches_are_bounded_in_pictures_and_bytes() -> None:
     items = [Item(str(number), "", "") for number in range(6)]
     sizes = {str(number): size for number, size in enumerate([1, 1, 1, 33 << 20, 16 << 20, 17 << 20])}
     found = [[item.relpath for item in batch] for batch in batches(items, sizes, 2)]

@@ -11,6 +11,7 @@ from iqpir.config import NetworkConfig, preset
 from iqpir.errors import UsageError
 from iqpir.restorer import Restorer
 from iqpir.training import checkpoint
+from pipeline.commits.units import SchedulingConfig
 from pipeline.encode import EncodeConfig, encode
 from pipeline.restore import RestoreConfig, restore
 from pipeline.score import ScoreConfig, score
@@ -98,7 +99,7 @@ def test_each_score_has_a_dial_of_its_own(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"one or 2: of rank, rank_judge"):
         restorer.restore(picture, quality=[0.1, 0.2, 0.3])
     pictures = chain.folder / "pictures"
-    asked = {"input": str(pictures), "model": stage2.run}
+    asked = {"input": str(pictures), "model": stage2.run, "scheduling": SchedulingConfig(workers=0)}
     for name, quality in (("a", [0.05, 0.95]), ("b", [0.95, 0.05]), ("c", 0.95)):
         restore(RestoreConfig(**asked, output=str(tmp_path / name), quality=quality))  # type: ignore[arg-type]
     assert len({(tmp_path / name / "00.png").read_bytes() for name in "abc"}) == 3

@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from iqpir.errors import UsageError, VerificationError
 from iqpir.pixels import decode
 from iqpir.stages.stage3 import Stage3Config
+from pipeline.commits.units import SchedulingConfig
 from pipeline.corpus import Corpus
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate
@@ -360,7 +361,8 @@ def test_a_picture_that_cannot_be_restored_is_a_row(chain: Chain, stage2: TrainR
     for path in sorted(source.iterdir())[3:]:
         path.unlink()
     (source / "cut.png").write_bytes((source / "00.png").read_bytes()[:200])
-    settings = RestoreConfig(model=stage2.run, input=str(source), output=str(tmp_path / "restored"))
+    here = SchedulingConfig(workers=0)
+    settings = RestoreConfig(model=stage2.run, input=str(source), output=str(tmp_path / "restored"), scheduling=here)
     first = restore(settings)
     assert (first.inputs, first.restored, first.failed, first.skipped) == (4, 3, 1, 0)
     rows = {row["relpath"]: row for row in map(json.loads, (tmp_path / "restored" / RECORD).open())}
@@ -379,7 +381,8 @@ def test_a_newer_checkpoint_restores_anew(chain: Chain, stage2: TrainResult, tmp
     kept = sorted((Path(stage2.run) / "checkpoints").glob("step_*"))
     assert [path.name[:13] for path in kept] == ["step_00000002", "step_00000004"]
     run = tmp_path / "run"
-    settings = RestoreConfig(model=str(run), input=str(source), output=str(tmp_path / "restored"))
+    here = SchedulingConfig(workers=0)
+    settings = RestoreConfig(model=str(run), input=str(source), output=str(tmp_path / "restored"), scheduling=here)
     for path in kept:
         shutil.copytree(path, run / "checkpoints" / path.name)
         assert restore(settings).skipped == 0
