@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 RAY_FIXTURES = frozenset({"local_ray", "chain"})
+SLOW_FOLDERS = {Path(__file__).parent / name for name in ("bench", "chaos")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Deal tests out to processes: all that share the session's Ray to one, of the others a file to one.
 
-    What shares Ray comes first, because it takes longest and is one piece.
+    What shares Ray comes first, because it takes longest and is one piece. Chaos and benches are slow as a whole.
     """
 
     def shares_ray(item: pytest.Item) -> bool:
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in shared)
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.path in shared else str(item.path)))
+        if item.path.parent in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

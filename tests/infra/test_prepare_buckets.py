@@ -99,6 +99,7 @@ def test_buckets_are_made_once_with_a_rule_against_abandoned_uploads(store: str)
         assert "Contents" not in client.list_objects_v2(Bucket=bucket), "the probe is cleared away"
 
 
+@pytest.mark.slow
 def test_a_store_that_ignores_conditions_is_refused() -> None:
     with serving(ForgetfulStore) as endpoint:
         done = run(endpoint, "iqpir")
@@ -106,6 +107,7 @@ def test_a_store_that_ignores_conditions_is_refused() -> None:
     assert "If-None-Match" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unreachable_store_is_one_clear_line() -> None:
     with serving(ForgetfulStore) as endpoint:
         pass

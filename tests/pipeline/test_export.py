@@ -290,12 +290,14 @@ beton_writer.watch(type("Samples", (), {"read": multiprocessing.Value("Q", 0)}))
 """
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_a_worker_that_died_before_anybody_looked_is_seen() -> None:
     done = subprocess.run([sys.executable, "-c", LOOKS_AWAY], stdout=subprocess.DEVNULL, timeout=60, check=False)
     assert done.returncode == 1
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_a_writer_whose_reader_has_gone_leaves() -> None:
     gone, stays = os.pipe()
