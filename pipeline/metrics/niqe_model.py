@@ -1,7 +1,8 @@
 """Fit NIQE's model of pristine pictures (Mittal et al., IEEE SPL 2013) on pictures of free licence.
 
-pyiqa computes NIQE but fetches the authors' model from the network. This one is fitted here, with pyiqa's
-own features, so that ``niqe`` needs no download; its values are not comparable with published ones.
+pyiqa computes NIQE but fetches the authors' model from the network. This one is fitted here, so that ``niqe``
+needs no download; its values are not comparable with published ones. The features are those of pyiqa, computed
+faster: a test holds scores with the same model to pyiqa's.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def load_pristine_model(path: Path) -> PristineModel:
 class Niqe(nn.Module):
     """NIQE, lower is better: the distance of a picture's block features from the pristine Gaussian (eq. 10).
 
-    The features are pyiqa's, and so is the score wherever pyiqa gives one. pyiqa stops at a picture whose
+    The score is pyiqa's (to 1e-5, relatively) wherever pyiqa gives one. pyiqa stops at a picture whose
     blocks are flat or whose only block leaves no covariance. Here blocks without statistics are left out, a
     single block counts with no covariance of its own, and a picture without any contrast has features of
     zero: far from pristine, as it should be. So each picture has a finite score.
